@@ -1,0 +1,47 @@
+# Every target makes what it needs, in .venv, and is quick the second time. `make` alone lists them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format s3 weights clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/installed  ## Draw a small collection, segment it here, show the table, a query and a picture
+	$(BIN)/swath demo .demo
+
+test: .venv/developing  ## Run every test, on a real Ray and a real S3 server (installed with apt where it is missing)
+	$(BIN)/python -m pytest
+
+check: .venv/developing  ## Lint, check the format and the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/developing  ## Format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+s3: .venv/installed  ## Run a real S3 server on loopback until Ctrl-C
+	$(BIN)/python infra/local/s3_server.py
+
+weights: .venv/installed  ## Train the demo's network again (about 40 minutes on two cores)
+	$(BIN)/python -m jobs.scenes.train jobs/scenes/weights
+
+clean:  ## Remove what these targets made
+	rm -rf .venv .demo .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+
+.venv/created:
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed: .venv/created pyproject.toml constraints.txt
+	$(PIP) -e .
+	@touch $@
+
+.venv/developing: .venv/installed
+	$(PIP) -e '.[dev]'
+	@touch $@
