@@ -1,0 +1,485 @@
+"""Checkpoints that people have, read into our network: Hugging Face (old and new key names), NVlabs, OpenMMLab.
+
+Each format is one table from our parameter names to theirs; the rest is shared. Everything is read through fsspec,
+so a checkpoint may lie in a folder, in a bucket or on the hub (`hf://owner/name`). Pickles are opened with
+`weights_only=True`: a checkpoint can never run code. Whatever is wrong with a file is one `CheckpointError` that
+says which keys are missing or have another shape.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import fsspec
+import safetensors.torch
+import torch
+from fsspec.core import url_to_fs
+from safetensors import SafetensorError
+from torch import Tensor
+
+from model.labels import LabelSet, label_set
+from model.segformer import Segformer, SegformerConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line and names the file, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network ready for inference, and what belongs to it."""
+
+    model: Segformer  # float32, on the CPU, in eval mode
+    labels: LabelSet
+    mean: tuple[float, ...]  # of the training images' RGB channels, 0 to 1
+    std: tuple[float, ...]
+    digest: str  # SHA-256 of weights, configuration and normalisation: equal digests give equal logits
+
+
+def load_checkpoint(url: str, storage_options: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Read the checkpoint at `url`: a Hugging Face folder, or one weight file, at any URL that fsspec knows.
+
+    Raises `CheckpointError`. Label names and normalisation come from `config.json` and `preprocessor_config.json`
+    beside the weights, or from the metadata of an OpenMMLab file; without them, "class 0" and so on, and ImageNet's.
+    """
+    files = find_files(url, storage_options or {})
+    state, metadata = read_tensors(files)
+    layout = recognise(state, url)
+    if layout is OPENMMLAB:
+        state = fold_openmmlab_decoder(state)
+    settings = files.read_json("config.json")
+    config = read_config(settings, layout, url) if settings else infer_config(state, layout, url)
+    model = Segformer(config)
+    fill(model, state, layout, url)
+    labels = read_labels(settings, metadata, config.labels)
+    preprocessing = files.read_json("preprocessor_config.json")
+    mean = tuple(preprocessing.get("image_mean") or IMAGENET_MEAN)
+    std = tuple(preprocessing.get("image_std") or IMAGENET_STD)
+    return Checkpoint(model.eval(), labels, mean, std, digest_of(model, mean, std))
+
+
+def save_huggingface(model: Segformer, labels: LabelSet, folder: str, dtype: torch.dtype = torch.float32) -> None:
+    """Write `folder` in Hugging Face's layout (old key names, which every version of transformers reads)."""
+    config, filesystem = model.config, fsspec.filesystem("file")
+    names = {ours: HUGGING_FACE_4.source(ours).key for ours in model.state_dict()}
+    tensors = {
+        names[ours]: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for ours, tensor in model.state_dict().items()
+    }
+    settings = {
+        "architectures": ["SegformerForSemanticSegmentation"],
+        "model_type": "segformer",
+        **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS.items()},
+        "num_encoder_blocks": len(config.depths),
+        "id2label": dict(enumerate(labels.names)),
+        "label2id": {name: index for index, name in enumerate(labels.names)},
+        "palette": labels.palette,
+    }
+    filesystem.makedirs(folder, exist_ok=True)
+    filesystem.pipe_file(f"{folder}/config.json", json.dumps(settings, indent=2).encode())
+    preprocessing = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "do_normalize": True, "do_rescale": True}
+    preprocessing |= {"image_processor_type": "SegformerImageProcessor", "do_resize": True, "do_reduce_labels": False}
+    filesystem.pipe_file(f"{folder}/preprocessor_config.json", json.dumps(preprocessing, indent=2).encode())
+    filesystem.pipe_file(f"{folder}/model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def model_version(digest: str, mask_settings: Mapping[str, Any]) -> str:
+    """Twelve hex digits that change whenever the weights or a setting that changes a mask does."""
+    text = json.dumps({"weights": digest, **mask_settings}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------------------------- tables of names
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter of ours comes from: part `part` of `parts` equal slices of the tensor called `key`."""
+
+    key: str
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One checkpoint format. In `names`, {i} is the stage from 0, {n} from 1, {j} the block, {p} the parameter."""
+
+    title: str
+    layer_norm_eps: float
+    embedding_norm_eps: float
+    projection_relu: bool
+    names: Mapping[str, str | tuple[str, int, int]]
+
+    def source(self, ours: str) -> Source:
+        """The place of our parameter `ours` in this format."""
+        part, stage, block, parameter = split_name(ours)
+        entry = self.names[part]
+        template, piece, pieces = (entry, 0, 1) if isinstance(entry, str) else entry
+        return Source(template.format(i=stage, n=stage + 1, j=block, p=parameter), piece, pieces)
+
+
+def split_name(ours: str) -> tuple[str, int, int, str]:
+    """`encoder.stages.2.blocks.0.ffn.expand.weight` to ("ffn.expand", 2, 0, "weight")."""
+    path, _, parameter = ours.rpartition(".")
+    if found := re.fullmatch(r"encoder\.stages\.(\d+)\.blocks\.(\d+)\.(.+)", path):
+        return found[3], int(found[1]), int(found[2]), parameter
+    if found := re.fullmatch(r"encoder\.stages\.(\d+)\.(.+)", path):
+        return found[2], int(found[1]), 0, parameter
+    if found := re.fullmatch(r"(decoder\.projections)\.(\d+)", path):
+        return found[1], int(found[2]), 0, parameter
+    return path, 0, 0, parameter
+
+
+HUGGING_FACE_4 = Layout(
+    "Hugging Face (transformers 4 names)",
+    layer_norm_eps=1e-5,  # config.json says 1e-6, but the published implementation never uses it
+    embedding_norm_eps=1e-5,
+    projection_relu=False,
+    names={
+        "patches.conv": "segformer.encoder.patch_embeddings.{i}.proj.{p}",
+        "patches.norm": "segformer.encoder.patch_embeddings.{i}.layer_norm.{p}",
+        "norm1": "segformer.encoder.block.{i}.{j}.layer_norm_1.{p}",
+        "attention.query": "segformer.encoder.block.{i}.{j}.attention.self.query.{p}",
+        "attention.key": "segformer.encoder.block.{i}.{j}.attention.self.key.{p}",
+        "attention.value": "segformer.encoder.block.{i}.{j}.attention.self.value.{p}",
+        "attention.output": "segformer.encoder.block.{i}.{j}.attention.output.dense.{p}",
+        "attention.reduce.conv": "segformer.encoder.block.{i}.{j}.attention.self.sr.{p}",
+        "attention.reduce.norm": "segformer.encoder.block.{i}.{j}.attention.self.layer_norm.{p}",
+        "norm2": "segformer.encoder.block.{i}.{j}.layer_norm_2.{p}",
+        "ffn.expand": "segformer.encoder.block.{i}.{j}.mlp.dense1.{p}",
+        "ffn.depthwise": "segformer.encoder.block.{i}.{j}.mlp.dwconv.dwconv.{p}",
+        "ffn.contract": "segformer.encoder.block.{i}.{j}.mlp.dense2.{p}",
+        "norm": "segformer.encoder.layer_norm.{i}.{p}",
+        "decoder.projections": "decode_head.linear_c.{i}.proj.{p}",
+        "decoder.fuse": "decode_head.linear_fuse.{p}",
+        "decoder.norm": "decode_head.batch_norm.{p}",
+        "decoder.classifier": "decode_head.classifier.{p}",
+    },
+)
+
+HUGGING_FACE_5 = Layout(
+    "Hugging Face (transformers 5 names)",
+    layer_norm_eps=1e-5,
+    embedding_norm_eps=1e-5,
+    projection_relu=False,
+    names={
+        "patches.conv": "segformer.stages.{i}.patch_embeddings.proj.{p}",
+        "patches.norm": "segformer.stages.{i}.patch_embeddings.layer_norm.{p}",
+        "norm1": "segformer.stages.{i}.blocks.{j}.layernorm_before.{p}",
+        "attention.query": "segformer.stages.{i}.blocks.{j}.attention.q_proj.{p}",
+        "attention.key": "segformer.stages.{i}.blocks.{j}.attention.k_proj.{p}",
+        "attention.value": "segformer.stages.{i}.blocks.{j}.attention.v_proj.{p}",
+        "attention.output": "segformer.stages.{i}.blocks.{j}.attention.o_proj.{p}",
+        "attention.reduce.conv": "segformer.stages.{i}.blocks.{j}.attention.sequence_reduction.sequence_reduction.{p}",
+        "attention.reduce.norm": "segformer.stages.{i}.blocks.{j}.attention.sequence_reduction.layer_norm.{p}",
+        "norm2": "segformer.stages.{i}.blocks.{j}.layernorm_after.{p}",
+        "ffn.expand": "segformer.stages.{i}.blocks.{j}.mlp.fc1.{p}",
+        "ffn.depthwise": "segformer.stages.{i}.blocks.{j}.mlp.dwconv.dwconv.{p}",
+        "ffn.contract": "segformer.stages.{i}.blocks.{j}.mlp.fc2.{p}",
+        "norm": "segformer.stages.{i}.layer_norm.{p}",
+        "decoder.projections": "decode_head.linear_projections.{i}.proj.{p}",
+        "decoder.fuse": "decode_head.linear_fuse.{p}",
+        "decoder.norm": "decode_head.batch_norm.{p}",
+        "decoder.classifier": "decode_head.classifier.{p}",
+    },
+)
+
+NVLABS = Layout(
+    "NVlabs",
+    layer_norm_eps=1e-6,
+    embedding_norm_eps=1e-5,
+    projection_relu=False,
+    names={
+        "patches.conv": "backbone.patch_embed{n}.proj.{p}",
+        "patches.norm": "backbone.patch_embed{n}.norm.{p}",
+        "norm1": "backbone.block{n}.{j}.norm1.{p}",
+        "attention.query": "backbone.block{n}.{j}.attn.q.{p}",
+        "attention.key": ("backbone.block{n}.{j}.attn.kv.{p}", 0, 2),
+        "attention.value": ("backbone.block{n}.{j}.attn.kv.{p}", 1, 2),
+        "attention.output": "backbone.block{n}.{j}.attn.proj.{p}",
+        "attention.reduce.conv": "backbone.block{n}.{j}.attn.sr.{p}",
+        "attention.reduce.norm": "backbone.block{n}.{j}.attn.norm.{p}",
+        "norm2": "backbone.block{n}.{j}.norm2.{p}",
+        "ffn.expand": "backbone.block{n}.{j}.mlp.fc1.{p}",
+        "ffn.depthwise": "backbone.block{n}.{j}.mlp.dwconv.dwconv.{p}",
+        "ffn.contract": "backbone.block{n}.{j}.mlp.fc2.{p}",
+        "norm": "backbone.norm{n}.{p}",
+        "decoder.projections": "decode_head.linear_c{n}.proj.{p}",
+        "decoder.fuse": "decode_head.linear_fuse.conv.{p}",
+        "decoder.norm": "decode_head.linear_fuse.bn.{p}",
+        "decoder.classifier": "decode_head.linear_pred.{p}",
+    },
+)
+
+OPENMMLAB = Layout(
+    "OpenMMLab (mmsegmentation)",
+    layer_norm_eps=1e-6,
+    embedding_norm_eps=1e-6,
+    projection_relu=True,
+    names={
+        "patches.conv": "backbone.layers.{i}.0.projection.{p}",
+        "patches.norm": "backbone.layers.{i}.0.norm.{p}",
+        "norm1": "backbone.layers.{i}.1.{j}.norm1.{p}",
+        "attention.query": ("backbone.layers.{i}.1.{j}.attn.attn.in_proj_{p}", 0, 3),
+        "attention.key": ("backbone.layers.{i}.1.{j}.attn.attn.in_proj_{p}", 1, 3),
+        "attention.value": ("backbone.layers.{i}.1.{j}.attn.attn.in_proj_{p}", 2, 3),
+        "attention.output": "backbone.layers.{i}.1.{j}.attn.attn.out_proj.{p}",
+        "attention.reduce.conv": "backbone.layers.{i}.1.{j}.attn.sr.{p}",
+        "attention.reduce.norm": "backbone.layers.{i}.1.{j}.attn.norm.{p}",
+        "norm2": "backbone.layers.{i}.1.{j}.norm2.{p}",
+        "ffn.expand": "backbone.layers.{i}.1.{j}.ffn.layers.0.{p}",
+        "ffn.depthwise": "backbone.layers.{i}.1.{j}.ffn.layers.1.{p}",
+        "ffn.contract": "backbone.layers.{i}.1.{j}.ffn.layers.4.{p}",
+        "norm": "backbone.layers.{i}.2.{p}",
+        "decoder.projections": "decode_head.convs.{i}.conv.{p}",
+        "decoder.fuse": "decode_head.fusion_conv.conv.{p}",
+        "decoder.norm": "decode_head.fusion_conv.bn.{p}",
+        "decoder.classifier": "decode_head.conv_seg.{p}",
+    },
+)
+
+LAYOUTS = (HUGGING_FACE_4, HUGGING_FACE_5, NVLABS, OPENMMLAB)
+
+CONFIG_KEYS = {  # our name: Hugging Face's
+    "depths": "depths",
+    "hidden_sizes": "hidden_sizes",
+    "decoder_size": "decoder_hidden_size",
+    "heads": "num_attention_heads",
+    "reductions": "sr_ratios",
+    "mlp_ratios": "mlp_ratios",
+    "kernels": "patch_sizes",
+    "strides": "strides",
+}
+B0 = SegformerConfig(labels=2, depths=(2, 2, 2, 2), hidden_sizes=(32, 64, 160, 256), decoder_size=256)
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class Files:
+    """The weight file of a checkpoint and what lies beside it."""
+
+    filesystem: fsspec.AbstractFileSystem
+    folder: str
+    weights: str
+    url: str  # as the user gave it, for messages
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The JSON object in `name` beside the weights; empty when there is no such file."""
+        try:
+            found = json.loads(self.filesystem.cat_file(f"{self.folder}/{name}"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise CheckpointError(f"{self.url}: {name} is not valid JSON ({error}); download it again") from None
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.url}: {name} is not a JSON object; download it again")
+        return found
+
+
+def find_files(url: str, storage_options: Mapping[str, Any]) -> Files:
+    try:
+        filesystem, path = url_to_fs(url, **storage_options)
+        if filesystem.isfile(path):
+            return Files(filesystem, path.rpartition("/")[0], path, url)
+        names = [entry.rpartition("/")[2] for entry in filesystem.ls(path, detail=False)]
+    except FileNotFoundError:
+        raise CheckpointError(f"{url}: no such file or folder; give a Hugging Face folder or a weight file") from None
+    except Exception as error:  # every file system has errors of its own
+        raise CheckpointError(f"{url}: cannot be opened ({one_line(error)})") from None
+    found = [name for name in WEIGHT_FILES if name in names]
+    found += sorted(name for name in names if name.endswith(WEIGHT_SUFFIXES) and name not in WEIGHT_FILES)
+    if not found:
+        expected = ", ".join([*WEIGHT_FILES, "*.pth"])
+        raise CheckpointError(f"{url}: no weights in this folder; expected one of {expected}")
+    if found[0] not in WEIGHT_FILES and len(found) > 1:
+        raise CheckpointError(f"{url}: several weight files ({', '.join(found[:5])}); name one of them")
+    return Files(filesystem, path.rstrip("/"), f"{path.rstrip('/')}/{found[0]}", url)
+
+
+def read_tensors(files: Files) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a weight file by name, as float32 where they are floats, and an OpenMMLab file's metadata."""
+    name = files.weights.rpartition("/")[2]
+    try:
+        data = files.filesystem.cat_file(files.weights)
+    except Exception as error:
+        raise CheckpointError(f"{files.url}: {name} cannot be read ({one_line(error)})") from None
+    try:
+        if name.endswith(".safetensors"):
+            loaded: Any = safetensors.torch.load(data)
+        else:
+            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        reason = f"is not a whole safetensors file ({len(data):,} bytes: {one_line(error)}); download it again"
+        raise CheckpointError(f"{files.url}: {name} {reason}") from None
+    except Exception as error:  # torch.load documents no set of errors for damaged or foreign files
+        reason = f"is not a whole PyTorch file of tensors ({len(data):,} bytes: {one_line(error)})"
+        remedy = "download it again, or save its state_dict alone"
+        raise CheckpointError(f"{files.url}: {name} {reason}; {remedy}") from None
+    metadata: dict[str, Any] = {}
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        metadata = loaded["meta"] if isinstance(loaded.get("meta"), dict) else {}
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{files.url}: {name} holds a {type(loaded).__name__}, not a dictionary of tensors")
+    tensors = {str(key).removeprefix("module."): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}, metadata
+
+
+def recognise(state: Mapping[str, Tensor], url: str) -> Layout:
+    """The layout that most keys of `state` belong to: a damaged file is still recognised, and its gaps named."""
+
+    def hits(layout: Layout) -> int:
+        entries = (entry if isinstance(entry, str) else entry[0] for entry in layout.names.values())
+        patterns = [re.sub(r"\\{[ijnp]\\}", r"\\w+", re.escape(entry)) for entry in entries]
+        return sum(any(re.fullmatch(pattern, key) for pattern in patterns) for key in state)
+
+    best = max(LAYOUTS, key=hits)
+    if not hits(best):
+        seen = ", ".join(list(state)[:3]) or "no tensors"
+        formats = ", ".join(layout.title for layout in LAYOUTS)
+        raise CheckpointError(f"{url}: not a SegFormer segmentation checkpoint (keys: {seen}); known: {formats}")
+    return best
+
+
+def read_config(settings: Mapping[str, Any], layout: Layout, url: str) -> SegformerConfig:
+    """The hyper-parameters in Hugging Face's config.json, which leaves out what equals its defaults (B0)."""
+    if settings.get("model_type", "segformer") != "segformer":
+        raise CheckpointError(f"{url}: config.json is of a {settings['model_type']!r} model, not of a segformer")
+    values = {ours: settings.get(theirs, getattr(B0, ours)) for ours, theirs in CONFIG_KEYS.items()}
+    labels = len(settings.get("id2label") or ()) or int(settings.get("num_labels", B0.labels))
+    try:
+        tuples: dict[str, Any] = {
+            key: int(value) if key == "decoder_size" else tuple(map(int, value)) for key, value in values.items()
+        }
+        config = SegformerConfig(labels=labels, **tuples, **traits(layout))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{url}: config.json does not describe a SegFormer ({one_line(error)})") from None
+    if len({len(value) for value in tuples.values() if isinstance(value, tuple)}) != 1:
+        raise CheckpointError(f"{url}: config.json gives {CONFIG_KEYS['depths']} and the other lists unequal lengths")
+    return config
+
+
+def infer_config(state: Mapping[str, Tensor], layout: Layout, url: str) -> SegformerConfig:
+    """The hyper-parameters that the shapes of the tensors imply; the heads are those of every published variant."""
+
+    def shape(ours: str) -> tuple[int, ...]:
+        key = layout.source(ours).key
+        if key not in state:
+            raise CheckpointError(f"{url}: incomplete {layout.title} checkpoint; missing {key}")
+        return tuple(state[key].shape)
+
+    def depth(stage: int) -> int:
+        names = (layout.source(f"encoder.stages.{stage}.blocks.{block}.norm1.weight").key for block in range(1000))
+        return next(block for block, name in enumerate(names) if name not in state)
+
+    stages = range(4)
+    embeddings = [shape(f"encoder.stages.{i}.patches.conv.weight") for i in stages]
+    hidden_sizes = tuple(size[0] for size in embeddings)
+    expansions = [shape(f"encoder.stages.{i}.blocks.0.ffn.expand.weight")[0] for i in stages]
+    reducers = [layout.source(f"encoder.stages.{i}.blocks.0.attention.reduce.conv.weight").key for i in stages]
+    return SegformerConfig(
+        labels=shape("decoder.classifier.weight")[0],
+        depths=tuple(depth(i) for i in stages),
+        hidden_sizes=hidden_sizes,
+        decoder_size=shape("decoder.fuse.weight")[0],
+        reductions=tuple(int(state[key].shape[-1]) if key in state else 1 for key in reducers),
+        mlp_ratios=tuple(wide // size for wide, size in zip(expansions, hidden_sizes, strict=True)),
+        kernels=tuple(size[-1] for size in embeddings),
+        **traits(layout),
+    )
+
+
+def traits(layout: Layout) -> dict[str, Any]:
+    """What a format fixes about the network and no file says."""
+    return {key: getattr(layout, key) for key in ("layer_norm_eps", "embedding_norm_eps", "projection_relu")}
+
+
+def fold_openmmlab_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenMMLab's decoder in the paper's terms: a BatchNorm is part of each projection, the stages run 4 to 1.
+
+    Its projections are bias-free 1x1 convolutions with a BatchNorm, folded here in float64 into one linear map.
+    """
+    folded = dict(state)
+    for stage in range(4):
+        block = f"decode_head.convs.{stage}"
+        keys = [f"{block}.conv.weight", *(f"{block}.bn.{p}" for p in ("weight", "bias", "running_mean", "running_var"))]
+        if not all(key in state for key in keys):
+            continue  # `fill` will name what is missing
+        weight, gamma, beta, mean, variance = (state[key].double() for key in keys)
+        scale = gamma / torch.sqrt(variance + 1e-5)
+        folded[f"{block}.conv.weight"] = (weight.flatten(1) * scale[:, None]).float()
+        folded[f"{block}.conv.bias"] = (beta - mean * scale).float()
+    fuse = "decode_head.fusion_conv.conv.weight"
+    if fuse in state:
+        folded[fuse] = torch.cat(state[fuse].chunk(4, dim=1)[::-1], dim=1)
+    return folded
+
+
+def fill(model: Segformer, state: Mapping[str, Tensor], layout: Layout, url: str) -> None:
+    """Copy every tensor into its place, or raise naming each that is missing or of another shape."""
+    missing, odd, filled = [], [], {}
+    for ours, parameter in model.state_dict().items():
+        if ours.endswith("num_batches_tracked"):  # a counter of training, which some exporters leave out
+            continue
+        source = layout.source(ours)
+        if source.key not in state:
+            missing.append(source.key)
+            continue
+        tensor = state[source.key]
+        if source.parts > 1 and tensor.shape[0] == parameter.shape[0] * source.parts:
+            tensor = tensor.chunk(source.parts)[source.part]
+        if tensor.dim() != parameter.dim() and tensor.shape[2:].numel() == 1:
+            tensor = tensor.reshape(*tensor.shape[:2], *parameter.shape[2:])  # a 1x1 convolution is a linear map
+        if tensor.shape != parameter.shape:
+            odd.append(f"{source.key} {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
+            continue
+        filled[ours] = tensor
+    if missing or odd:
+        complaints = [f"missing {some(missing)}"] if missing else []
+        complaints += [f"shape of {some(odd)}"] if odd else []
+        raise CheckpointError(f"{url}: {layout.title} checkpoint does not fit its network; {'; '.join(complaints)}")
+    model.load_state_dict(filled, strict=False)
+
+
+def read_labels(settings: Mapping[str, Any], metadata: Mapping[str, Any], labels: int) -> LabelSet:
+    """Names and colours from config.json or OpenMMLab's metadata, for the ids that have one."""
+    named = {int(key): str(value) for key, value in (settings.get("id2label") or {}).items()}
+    palette = settings.get("palette")
+    if not named:
+        dataset = metadata.get("dataset_meta") or {}
+        named = dict(enumerate(metadata.get("CLASSES") or dataset.get("classes") or ()))
+        palette = metadata.get("PALETTE") or dataset.get("palette")
+    colours = [(int(r), int(g), int(b)) for r, g, b in palette] if palette and len(palette) == labels else None
+    return label_set([str(named.get(index, f"class {index}")) for index in range(labels)], colours)
+
+
+def digest_of(model: Segformer, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
+    digest = hashlib.sha256(json.dumps([asdict(model.config), mean, std], sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def some(items: list[str], shown: int = 5) -> str:
+    """The first few of `items`, and how many more there are."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(items[:shown]) + more
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type when it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
