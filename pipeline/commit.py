@@ -1,0 +1,151 @@
+"""A run in the output: its plan, its shards, and the record that says all are there.
+
+    runs/<run_id>/plan.parquet                  put once, never changed
+    segments/run=<run_id>/shard-<n>.parquet     one whole object each, under a name that the plan determines
+    runs/<run_id>/run.json                      the commit, put once when every shard is there
+
+Resuming is listing what is there and doing the rest: a shard is never half there, and never there twice.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.plan import SCHEMA as PLAN_SCHEMA
+from pipeline.plan import Origin, encode_plan, read_origin
+from pipeline.schema import SUMMARY_KEY
+from pipeline.storage import Store
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What was done: by one shard, or by all shards of a run together. Also in the metadata of each shard's file."""
+
+    images: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    input_bytes: int = 0
+    output_bytes: int = 0  # of the masks
+    pixels: int = 0  # of the masks
+    batches: int = 0
+    stage_seconds: dict[str, float] = field(default_factory=dict)  # summed over threads
+    class_pixels: dict[str, int] = field(default_factory=dict)  # by class name
+    class_images: dict[str, int] = field(default_factory=dict)  # images that have the class
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+def add(parts: Iterable[Totals]) -> Totals:
+    """The sum of all `parts`."""
+    counts: Counter[str] = Counter()
+    groups: dict[str, Counter[str]] = {}
+    for part in parts:
+        for name, value in asdict(part).items():
+            if isinstance(value, dict):
+                groups.setdefault(name, Counter()).update(value)
+            else:
+                counts[name] += value
+    return Totals(**counts, **{name: dict(group) for name, group in groups.items()})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run in an output."""
+
+    store: Store
+    id: str
+
+    @property
+    def plan_name(self) -> str:
+        return f"runs/{self.id}/plan.parquet"
+
+    @property
+    def record_name(self) -> str:
+        return f"runs/{self.id}/run.json"
+
+    @property
+    def folder(self) -> str:
+        return f"segments/run={self.id}"
+
+    def shard_name(self, shard: int) -> str:
+        return f"{self.folder}/shard-{shard:06d}.parquet"
+
+    def begin(self, plan: pa.Table, origin: Origin) -> None:
+        """Put the plan. Raises FileExistsError when another driver was first."""
+        self.store.put(self.plan_name, encode_plan(plan, origin), only_new=True)
+
+    def open_plan(self) -> pq.ParquetFile:
+        """The plan, of which a reader takes the row groups it needs. Raises FileNotFoundError."""
+        return pq.ParquetFile(self.store.arrow().open_input_file(self.store.path(self.plan_name)))
+
+    def origin(self) -> Origin | None:
+        """What the plan was made from, or None while there is none."""
+        try:
+            return read_origin(self.open_plan())
+        except FileNotFoundError:
+            return None
+
+    def done(self) -> list[int]:
+        """The shards that are there, in order."""
+        names = [name for name in self.store.names(self.folder) if name.startswith("shard-")]
+        return sorted(int(name.removeprefix("shard-").removesuffix(".parquet")) for name in names)
+
+    def put_shard(self, shard: int, data: bytes) -> None:
+        self.store.put(self.shard_name(shard), data)
+
+    def totals(self, shards: list[int]) -> list[Totals]:
+        """What each of `shards`, which are all there, holds; read from the files' footers."""
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(self.shard_totals, shards))
+
+    def shard_totals(self, shard: int) -> Totals:
+        """Raises FileNotFoundError when the shard is not there."""
+        source = self.store.arrow().open_input_file(self.store.path(self.shard_name(shard)))
+        return Totals(**json.loads(pq.read_metadata(source).metadata[SUMMARY_KEY]))
+
+    def record(self) -> dict[str, Any] | None:
+        """The run record, or None while the run is not complete."""
+        try:
+            return json.loads(self.store.read(self.record_name))
+        except FileNotFoundError:
+            return None
+
+    def commit(self, record: dict[str, Any]) -> None:
+        """Put the run record; when one is there already it stays, as the shards it speaks of are the same."""
+        try:
+            self.store.put(self.record_name, json.dumps(record, indent=2).encode(), only_new=True)
+        except FileExistsError:
+            return
+
+
+def runs(output: Store) -> list[Run]:
+    """Every run that was begun, oldest id first."""
+    return [Run(output, name) for name in output.names("runs")]
+
+
+def unfinished(output: Store, origin: Origin) -> Run | None:
+    """The newest run that was begun from the same input with the same model version, and not completed."""
+    for run in reversed(runs(output)):
+        files = output.names(f"runs/{run.id}")
+        if "plan.parquet" in files and "run.json" not in files and run.origin() == origin:
+            return run
+    return None
+
+
+def completed(output: Store, model_version: str) -> pa.Table:
+    """(uri, etag) of every image that committed runs have a row for, with this model version."""
+    done = []
+    for run in runs(output):
+        record = run.record()
+        if record and record["model_version"] == model_version:
+            plan = pq.read_table(io.BytesIO(output.read(run.plan_name)), columns=["uri", "etag"])
+            done.append(plan)
+    empty = pa.schema([PLAN_SCHEMA.field("uri"), PLAN_SCHEMA.field("etag")]).empty_table()
+    return pa.concat_tables([empty, *(table.cast(empty.schema) for table in done)])

@@ -1,0 +1,240 @@
+"""Every setting there is: its type, default, meaning, and the check that it passes before any work is done.
+
+The same fields are the command line's options and a YAML file's keys. Each class is what one job needs; `jobs`
+turns them into `--help`.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.policy import parse_policy
+
+
+class ConfigurationError(Exception):
+    """A setting, input or output that cannot be used; the message is one line with the value and the remedy."""
+
+
+def option(default: Any, help: str, group: str, metavar: str | None = None) -> Any:
+    """A setting that the command line shows under `group`."""
+    return Field(default, description=help, json_schema_extra={"group": group, "metavar": metavar})
+
+
+class StorageSettings(BaseModel):
+    """How object stores are reached. Credentials come from the environment, as for every S3 client."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    endpoint_url: str | None = option(
+        None, "S3 endpoint, for servers other than AWS (else AWS_ENDPOINT_URL)", "Storage", "URL"
+    )
+    region: str | None = option(None, "S3 region (else AWS_REGION or the profile's)", "Storage", "NAME")
+    anonymous: bool = option(False, "read a public bucket without credentials", "Storage")
+    storage_option: dict[str, str | int | float | bool] = option(
+        {}, "any other fsspec option, as PROTOCOL.KEY=VALUE (gs.token=anon); repeatable", "Storage", "OPTION"
+    )
+
+    @field_validator("storage_option", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        pairs = [str(item).partition("=")[::2] for item in value]
+        return dict(pairs)
+
+    @field_validator("storage_option")
+    @classmethod
+    def _dotted(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            protocol, _, name = key.partition(".")
+            if not protocol or not name:
+                raise ValueError(f"expected PROTOCOL.KEY=VALUE, got the key {key!r}")
+        return value
+
+
+class IndexSettings(StorageSettings):
+    """What `swath index` needs: a collection, and where its index goes."""
+
+    input: str = Field(description="the collection: a folder, bucket or prefix (/data/photos, s3://bucket/photos)")
+    output: str = Field(description="where everything is written: any fsspec URL (/data/masks, s3://bucket/masks)")
+    include: tuple[str, ...] = option(
+        (),
+        "only names below INPUT that match this pattern ('2026/*.jpg'; default: by image extension)",
+        "Input",
+        "GLOB",
+    )
+    exclude: tuple[str, ...] = option((), "leave out names that match this pattern", "Input", "GLOB")
+    requests: int = option(32, "requests in flight to the object store, in each process", "Input", "N")
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("input", "output")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must not be empty")
+        return value
+
+    @field_validator("requests")
+    @classmethod
+    def _at_least_one(cls, value: int) -> int:
+        return positive(value)
+
+
+class PlanSettings(IndexSettings):
+    """What `swath plan` needs on top: the network, and how images become batches and shards."""
+
+    checkpoint: str = option(
+        ...,
+        "SegFormer weights: a Hugging Face folder, a .safetensors, .bin or .pth file, or hf://OWNER/NAME",
+        "Model",
+        "URL",
+    )
+    policy: str = option(
+        "short=512", "network input size: short=N keeps the aspect, exact=HEIGHTxWIDTH does not", "Model", "POLICY"
+    )
+    max_pixels: int = option(
+        100_000_000, "an image with more pixels gets a row with status too_large and is not decoded", "Model", "N"
+    )
+    batch_pixels: int = option(
+        2_097_152, "network input pixels in one batch: 8 images of 512x512; more for a large GPU", "Model", "N"
+    )
+    shard_images: int | None = option(
+        None, "images in one shard, which is one Parquet file and what a retry repeats (default: 16 to 512)", "Run", "N"
+    )
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        return str(parse_policy(value))
+
+    @field_validator("max_pixels", "batch_pixels", "shard_images")
+    @classmethod
+    def _positive(cls, value: int | None) -> int | None:
+        return value if value is None else positive(value)
+
+    def mask_settings(self) -> dict[str, Any]:
+        """The settings that change a mask: a part of `model_version`."""
+        return {"policy": self.policy}
+
+
+class SegmentSettings(PlanSettings):
+    """What `swath segment` needs on top: the run and the machines."""
+
+    run_id: str | None = option(
+        None,
+        "name of the run; the same id resumes it (default: an unfinished run, else a new one by the clock)",
+        "Run",
+        "ID",
+    )
+    workers: str = option(
+        "auto", "how many model workers: N, MIN:MAX, or auto for one a GPU or all CPUs", "Workers", "N"
+    )
+    cpus_per_worker: int | None = option(None, "CPUs and model threads of a worker (default: up to 4)", "Workers", "N")
+    gpus_per_worker: float | None = option(
+        None, "GPUs of a worker, 0.5 for two on one (default: 1 where the cluster has any, else 0)", "Workers", "N"
+    )
+    ray_address: str | None = option(
+        None, "Ray cluster to run on (default: RAY_ADDRESS, else a local Ray for this run)", "Workers", "ADDRESS"
+    )
+    metrics_host: str = option("127.0.0.1", "address that the metrics endpoint binds to", "Metrics", "HOST")
+    metrics_port: int = option(0, "port of the metrics endpoint (default: 0, any free one)", "Metrics", "PORT")
+
+    @field_validator("run_id")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and (not value.isascii() or not value.replace("-", "").replace("_", "").isalnum()):
+            raise ValueError("use letters, digits, - and _ only")
+        return value
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _workers(cls, value: Any) -> str:
+        worker_range(str(value))
+        return str(value)
+
+    @field_validator("cpus_per_worker")
+    @classmethod
+    def _cpus(cls, value: int | None) -> int | None:
+        return value if value is None else positive(value)
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _gpus(cls, value: float | None) -> float | None:
+        if value is not None and value < 0:
+            raise ValueError("must be 0 or more")
+        return value
+
+    @field_validator("metrics_port")
+    @classmethod
+    def _port(cls, value: int) -> int:
+        if not 0 <= value <= 65535:
+            raise ValueError("must be from 0 to 65535")
+        return value
+
+
+def worker_range(text: str) -> tuple[int, int] | None:
+    """(least, most) workers from "3" or "1:8"; None for "auto"; ValueError for anything else."""
+    if text == "auto":
+        return None
+    low, _, high = text.partition(":")
+    if not low.isdigit() or not (high or low).isdigit() or not 1 <= int(low) <= int(high or low):
+        raise ValueError("expected N, MIN:MAX or auto (1:8)")
+    return int(low), int(high or low)
+
+
+def positive(value: int) -> int:
+    if value < 1:
+        raise ValueError("must be 1 or more")
+    return value
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def build(kind: type[S], values: Mapping[str, Any], files: Mapping[str, str] | None = None) -> S:
+    """Settings of `kind` from `values`, or `ConfigurationError` with the first thing that is wrong.
+
+    `files` says which values came from which file.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        source = f"{files[name]}: " if files and name in files else ""
+        raise ConfigurationError(source + complaint(kind, name, first)) from None
+
+
+def complaint(kind: type[BaseModel], name: str, error: Any) -> str:
+    """One readable line about one invalid setting."""
+    match error["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(name, kind.model_fields, n=1)
+            return f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
+        case "missing":
+            return f"{name} is missing; see --help"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name}: {message[:1].lower()}{message[1:]} (got {error['input']!r})"
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings in a YAML file; keys may be written with - or _."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}

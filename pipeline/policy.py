@@ -1,0 +1,54 @@
+"""The resolution policy: which size an image has when the network sees it.
+
+Images of one size share a batch, so the sizes must be few. Scaling the short side and rounding the long one puts a
+collection of thousands of shapes into a few dozen buckets without padding a pixel.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+STEP = 32  # pixels: the encoder's total stride, so that every stage halves its map without a remainder
+MAX_ASPECT = 8  # a longer image is squeezed to this: 512 x 4096 is the largest input of short=512
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`short=N`: the short side becomes N, the aspect is kept. `exact=HxW`: every image becomes H x W."""
+
+    short: int | None = None
+    exact: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return f"short={self.short}" if self.short else "exact={}x{}".format(*self.exact or ())
+
+    def sizes(self, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Network input sizes, int64 (N,) heights and widths, of images of the given sizes (N,), in pixels."""
+        heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
+        if self.exact:
+            return np.full_like(heights, self.exact[0]), np.full_like(widths, self.exact[1])
+        assert self.short
+        short, long = np.minimum(heights, widths), np.maximum(heights, widths)
+        scaled = np.rint(self.short * long / short / STEP).astype(np.int64) * STEP
+        scaled = scaled.clip(self.short, self.short * MAX_ASPECT)
+        return np.where(heights <= widths, self.short, scaled), np.where(heights <= widths, scaled, self.short)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Network input (height, width) of one image."""
+        heights, widths = self.sizes(np.array([height]), np.array([width]))
+        return int(heights[0]), int(widths[0])
+
+
+def parse_policy(text: str) -> Policy:
+    """A policy from `short=512` or `exact=512x1024`; ValueError says what is wrong with any other text."""
+    if found := re.fullmatch(r"short=(\d+)", text):
+        policy = Policy(short=int(found[1]))
+    elif found := re.fullmatch(r"exact=(\d+)x(\d+)", text):
+        policy = Policy(exact=(int(found[1]), int(found[2])))
+    else:
+        raise ValueError("expected short=N (short=512) or exact=HEIGHTxWIDTH (exact=512x1024)")
+    sides = policy.exact or (policy.short or 0,)
+    if any(side % STEP or not STEP <= side <= 8192 for side in sides):
+        raise ValueError(f"each side must be a multiple of {STEP} from {STEP} to 8192")
+    return policy

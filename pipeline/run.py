@@ -1,0 +1,330 @@
+"""A whole run, driven from one process: index, plan, segment, commit. The one file that builds a Ray Dataset.
+
+What happens to an image? `prepare` finds it and puts it into a shard, `segment_shards` has a worker do that shard,
+`commit` says that all shards are there.
+"""
+
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol
+
+import ray
+import ray.data
+import ray.exceptions
+
+from model.checkpoint import Checkpoint, load_checkpoint, model_version
+from pipeline import schema
+from pipeline.commit import Run, Totals, add, completed, unfinished
+from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings, worker_range
+from pipeline.index import Index, summary, update_index
+from pipeline.metrics import start_hub
+from pipeline.plan import Origin, make_plan, without
+from pipeline.policy import parse_policy
+from pipeline.segment import Job, Segmenter
+from pipeline.storage import Store, public_url, storage_options
+
+TASK_RETRIES = 3  # of a shard whose worker dies; Ray's own default is for ever
+FAILED_SHARDS = 8  # after so many the store is down or the job is wrong, and going on helps nobody
+
+
+class Listener(Protocol):
+    """Whoever watches the run: a progress display, a log, a test."""
+
+    def say(self, text: str) -> None:
+        """One line about what happens next."""
+
+    def indexing(self, done: int, total: int) -> None:
+        """Headers read, of those to read."""
+
+    def segmenting(self, done: int, total: int, failures: int) -> None:
+        """Images done, of those planned; how many of them have no mask."""
+
+
+class IncompleteRunError(Exception):
+    """Some shards are not there; the message says why and how to go on."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `segment` did."""
+
+    record: dict[str, Any] | None  # the run record; None when there was nothing to do
+    is_new: bool  # False when the run was complete before
+
+
+def segment(settings: SegmentSettings, listener: Listener) -> Result:
+    """Segment a collection, or go on with it.
+
+    `ConfigurationError` and `CheckpointError` come before any work, `IncompleteRunError` after all that could be done.
+    """
+    check_network(settings)
+    checkpoint = read_checkpoint(settings)
+    output = Store(settings.output, settings)
+    output.check_writable()
+    origin = Origin(public_url(settings.input), model_version(checkpoint.digest, settings.mask_settings()))
+    run = find_run(settings, output, origin, listener)
+    if record := run.record():
+        listener.say(f"run {run.id} is complete: {record['images']:,} images, nothing to do")
+        return Result(record, is_new=False)
+    total = prepare(settings, run, origin, listener)
+    if not total:
+        listener.say("nothing new: every image has a row from this model version")
+        return Result(None, is_new=False)
+    started = time.time()
+    segment_shards(settings, checkpoint, run, origin.model_version, total, listener)
+    return Result(commit(settings, checkpoint, run, origin, started), is_new=True)
+
+
+def read_checkpoint(settings: PlanSettings) -> Checkpoint:
+    return load_checkpoint(settings.checkpoint, storage_options(settings.checkpoint, settings))
+
+
+def find_run(settings: SegmentSettings, output: Store, origin: Origin, listener: Listener) -> Run:
+    """The run to do: the one asked for, an unfinished one, or a new one."""
+    if settings.run_id:
+        run = Run(output, settings.run_id)
+        planned = run.origin()
+        if planned and planned != origin:
+            raise ConfigurationError(
+                f"run {run.id} was planned for {planned.input} with model version {planned.model_version}, "
+                f"this is {origin.input} with {origin.model_version}; choose another --run-id"
+            )
+        return run
+    if unfinished_run := unfinished(output, origin):
+        listener.say(f"run {unfinished_run.id} was not finished, so it goes on (--run-id begins another)")
+        return unfinished_run
+    return Run(output, datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"))
+
+
+def prepare(settings: PlanSettings, run: Run, origin: Origin, listener: Listener) -> int:
+    """Make sure that the run has a plan; how many images it holds. An existing plan is kept as it is."""
+    if run.origin():
+        return run.open_plan().metadata.num_rows
+    _, plan = index_and_plan(settings, run.store, origin.model_version, listener)
+    if len(plan):
+        run.begin(plan, origin)
+    return len(plan)
+
+
+def index_and_plan(settings: PlanSettings, output: Store, version: str, listener: Listener) -> tuple[Index, Any]:
+    """Bring the index up to date, and plan what has no row from this model version yet."""
+    source = Store(settings.input, settings)
+    listener.say(f"listing {source.url}")
+    index = update_index(settings, source, output, listener.indexing)
+    new = without(index.images, completed(output, version))
+    done = len(index.images) - len(new)
+    listener.say(
+        f"{len(index.images):,} images{summary(index.skipped)}, {index.opened:,} headers read"
+        + (f", {done:,} done before" if done else "")
+    )
+    return index, make_plan(new, parse_policy(settings.policy), settings.shard_images)
+
+
+def segment_shards(
+    settings: SegmentSettings, checkpoint: Checkpoint, run: Run, version: str, images: int, listener: Listener
+) -> None:
+    """Have the workers do every shard that is not there yet. Raises `IncompleteRunError`."""
+    shards = run.open_plan().metadata.num_row_groups
+    done = run.done()
+    todo = sorted(set(range(shards)) - set(done))
+    if done:
+        listener.say(f"{len(done):,} of {shards:,} shards of run {run.id} are there already")
+    if not todo:
+        return
+    with ray_session(settings):
+        workers = size_workers(settings, len(todo))
+        hub = start_hub(run.id, version)
+        ray.get(hub.plan.remote(images, shards))
+        for shard, totals in zip(done, run.totals(done), strict=True):
+            hub.finish.remote(shard, totals)
+        listener.say(f"run {run.id} on {workers}; metrics: {serve_metrics(settings, hub)}")
+        job = Job(settings, run.id, version, threads=workers.cpus, device="cuda" if workers.gpus else "cpu")
+        with watching(hub, images, listener):
+            errors = failed_shards(build_dataset(todo, job, checkpoint, hub, workers))
+    missing = sorted(set(range(shards)) - set(run.done()))
+    if missing:
+        why = errors[0] if errors else "the worker of a shard died each time it was tried (out of memory?)"
+        raise IncompleteRunError(
+            f"{len(missing):,} of {shards:,} shards of run {run.id} are not done: {why}; "
+            f"run the same command again to do only those"
+        )
+
+
+def build_dataset(
+    shards: list[int], job: Job, checkpoint: Checkpoint, hub: Any, workers: "Workers"
+) -> ray.data.Dataset:
+    """The graph: rows that are shards, through a pool of workers, to rows that say how each ended."""
+    with warnings.catch_warnings():
+        # the only way to bound the retries of an actor's task, until Ray names a parameter for it
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        planned = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+        return planned.map_batches(
+            Segmenter,
+            fn_constructor_args=(job, ray.put(checkpoint), hub),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=workers.most),
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus,
+            max_task_retries=TASK_RETRIES,
+        )
+
+
+def failed_shards(results: ray.data.Dataset) -> list[str]:
+    """Wait for all shards; what went wrong with those that failed."""
+    errors: list[str] = []
+    try:
+        for result in results.iter_rows():
+            if result["error"]:
+                errors.append(result["error"])
+            if len(errors) >= FAILED_SHARDS:
+                break
+    except ray.exceptions.RayError as error:
+        errors.append(" ".join(str(error).strip().split("\n")[-1].split())[:300])
+    return errors
+
+
+def commit(
+    settings: SegmentSettings, checkpoint: Checkpoint, run: Run, origin: Origin, started: float
+) -> dict[str, Any]:
+    """Write the run record: every shard is there, and this is what they hold."""
+    shards = run.done()
+    totals: Totals = add(run.totals(shards))
+    finished = time.time()
+    record = {
+        "schema": schema.VERSION,
+        "run_id": run.id,
+        "input": origin.input,
+        "checkpoint": public_url(settings.checkpoint),
+        "model_version": origin.model_version,
+        "settings": settings.mask_settings()
+        | {"max_pixels": settings.max_pixels, "batch_pixels": settings.batch_pixels},
+        "labels": checkpoint.labels.names,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "finished": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
+        "seconds": round(finished - started, 3),
+        **asdict(totals),
+        "files": [run.shard_name(shard) for shard in shards],
+        "versions": {"python": platform.python_version()}
+        | {name: installed(name) for name in ("swath", "ray", "torch", "pyarrow")},
+    }
+    run.commit(record)
+    return record
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+# -------------------------------------------------------------------------------------------------- Ray's own side
+
+
+def check_network(settings: SegmentSettings) -> None:
+    """Raise `ConfigurationError` at once for what would fail later: Ray itself looks for a cluster for minutes."""
+    address = ray_address(settings) or ""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if port.isdigit():
+            socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigurationError(f"no Ray cluster at {address} ({error}); see --ray-address") from None
+    try:
+        socket.create_server((settings.metrics_host, settings.metrics_port)).close()
+    except OSError as error:
+        endpoint = f"{settings.metrics_host}:{settings.metrics_port}"
+        raise ConfigurationError(
+            f"metrics cannot be served at {endpoint} ({error.strerror}); see --metrics-host and --metrics-port"
+        ) from None
+
+
+def ray_address(settings: SegmentSettings) -> str | None:
+    return settings.ray_address or os.environ.get("RAY_ADDRESS")
+
+
+@contextmanager
+def ray_session(settings: SegmentSettings) -> Iterator[None]:
+    """Connect to the cluster, or start a local Ray that ends with the block; quiet, as the listener speaks."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns of its own way to start pools of actors
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address := ray_address(settings):
+        ray.init(address=address, **quiet)
+    else:  # one CPU more than there are, so that Ray's own tasks have a place beside the workers
+        ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, **quiet)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = None
+    context.max_errored_blocks = FAILED_SHARDS
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The pool: how many workers, and what each of them holds."""
+
+    least: int
+    most: int
+    cpus: int
+    gpus: float
+
+    def __str__(self) -> str:
+        count = f"{self.most}" if self.least == self.most else f"{self.least} to {self.most}"
+        kind = f"{self.gpus:g} GPU" if self.gpus else f"{self.cpus} CPU thread{'s' * (self.cpus > 1)}"
+        return f"{count} worker{'s' * (self.most > 1)} with {kind}"
+
+
+def size_workers(settings: SegmentSettings, shards: int) -> Workers:
+    """The pool for this cluster and `shards` of work: what the settings say, else all that there is room for."""
+    resources = ray.cluster_resources()
+    cluster_cpus, cluster_gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0)
+    gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(cluster_gpus > 0)
+    cpus = settings.cpus_per_worker or max(1, min(4, cluster_cpus - 1))
+    room = max(1, int(cluster_gpus / gpus) if gpus else (cluster_cpus - 1) // cpus)  # one CPU is left for Ray itself
+    least, most = worker_range(settings.workers) or (room, room)
+    return Workers(min(least, shards), min(most, shards), cpus, gpus)
+
+
+def serve_metrics(settings: SegmentSettings, hub: Any) -> str:
+    """Start the endpoint; its URL."""
+    port = ray.get(hub.serve.remote(settings.metrics_host, settings.metrics_port))
+    return f"http://{settings.metrics_host}:{port}/metrics"
+
+
+@contextmanager
+def watching(hub: Any, images: int, listener: Listener) -> Iterator[None]:
+    """Tell the listener twice a second how far the workers are, and once more at the end."""
+    ended = threading.Event()
+
+    def report() -> None:
+        now = ray.get(hub.snapshot.remote())
+        listener.segmenting(now.images, images, now.failures)
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            report()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    report()

@@ -1,0 +1,224 @@
+"""Collections and outputs at any URL that fsspec knows: what is listed, read, and put whole.
+
+Two rules hold for everything that is written: a reader never sees half an object, and an object that must be the
+first of its name is put with a condition that the store itself checks.
+"""
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit, urlunsplit
+
+import fsspec
+import pyarrow.fs
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.config import ConfigurationError, StorageSettings
+
+S3_OPTIONS: dict[str, Any] = {
+    "connect_timeout": 5,  # seconds
+    "read_timeout": 60,
+    "retries": {"max_attempts": 3, "mode": "standard"},
+    "max_pool_connections": 128,
+    "request_checksum_calculation": "when_required",  # servers other than AWS refuse botocore's newer default
+    "response_checksum_validation": "when_required",
+}
+SINGLE_PUT = 4 << 30  # bytes: below this an object is put in one request, which S3 makes atomic
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One listed object: `uri` as rows name it, `etag` that changes with its content, its size in bytes."""
+
+    uri: str
+    etag: str
+    bytes: int
+
+
+class Store:
+    """A folder, bucket or prefix, and the objects below it. Names are relative to it, with `/` between folders."""
+
+    def __init__(self, url: str, settings: StorageSettings):
+        """Raises `ConfigurationError` where the URL's protocol or the options are unknown."""
+        self.url = public_url(url)
+        try:
+            self.filesystem, root = url_to_fs(url, **storage_options(url, settings))
+        except (ValueError, ImportError, TypeError, BotoCoreError) as error:
+            raise ConfigurationError(f"{self.url}: cannot be opened: {reason(error)}") from None
+        self.root = root.rstrip("/")
+
+    def path(self, name: str) -> str:
+        """The file system's own path of `name`."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def uri(self, name: str) -> str:
+        """`name` as a URL."""
+        return self.filesystem.unstrip_protocol(self.path(name))
+
+    def listing(self) -> Iterator[tuple[str, Entry | None]]:
+        """Every object below the root as (name, entry), in order; a directory has no entry, and its name ends in /.
+
+        Raises `ConfigurationError` when the root does not exist or may not be listed.
+        """
+        try:
+            found = self.filesystem.find(self.root, withdirs=self.is_local, detail=True)
+            if not found and not self.filesystem.exists(self.root):
+                raise FileNotFoundError
+        except (OSError, BotoCoreError, ClientError) as error:
+            raise ConfigurationError(f"{self.url}: cannot be listed: {reason(error)}") from None
+        for path, info in sorted(found.items()):
+            name = path[len(self.root) :].lstrip("/") or path.rpartition("/")[2]
+            if info["type"] == "directory":
+                if path != self.root:
+                    yield f"{name}/", None
+            else:
+                uri = self.filesystem.unstrip_protocol(path)
+                yield name, Entry(uri, etag_of(info), int(info.get("size") or 0))
+
+    def heads(self, uris: Sequence[str], length: int, requests: int) -> list[bytes | BaseException]:
+        """The first `length` bytes of each object, or the error that came instead."""
+        paths = [self.filesystem._strip_protocol(uri) for uri in uris]
+        parallel = {"batch_size": requests} if self.filesystem.async_impl else {}
+        ends = [length] * len(paths)
+        return self.filesystem.cat_ranges(paths, [0] * len(paths), ends, on_error="return", **parallel)
+
+    def open(self, uri: str) -> BinaryIO:
+        """A seekable reader of an object that fetches only what is read."""
+        return self.filesystem.open(self.filesystem._strip_protocol(uri), "rb", block_size=256 << 10)
+
+    def fetch(self, uri: str) -> bytes:
+        """All bytes of an object. Raises FileNotFoundError, PermissionError or another OSError."""
+        return self.filesystem.cat_file(self.filesystem._strip_protocol(uri))
+
+    def read(self, name: str) -> bytes:
+        """All bytes of the object `name`. Raises FileNotFoundError."""
+        return self.filesystem.cat_file(self.path(name))
+
+    def names(self, folder: str) -> list[str]:
+        """The names directly in `folder`, sorted, without it; none when there is no such folder."""
+        try:
+            entries = self.filesystem.ls(self.path(folder), detail=False, refresh=True)
+        except FileNotFoundError:
+            return []
+        except (OSError, BotoCoreError, ClientError) as error:
+            raise ConfigurationError(f"{self.url}: cannot be listed: {reason(error)}") from None
+        return sorted(filter(None, (entry.rstrip("/").rpartition("/")[2] for entry in entries)))
+
+    def put(self, name: str, data: bytes, only_new: bool = False) -> None:
+        """Put an object whole: a reader sees all of it or none. With `only_new`, FileExistsError if it is there."""
+        path = self.path(name)
+        if self.is_local:
+            put_local(path, data, only_new)
+            return
+        whole = {"chunksize": SINGLE_PUT} if self.is_s3 else {}
+        try:
+            self.filesystem.pipe_file(path, data, mode="create" if only_new else "overwrite", **whole)
+        except OSError as error:
+            if error_code(error) in ("PreconditionFailed", "412"):  # not every server names the failed condition
+                raise FileExistsError(self.uri(name)) from None
+            raise
+
+    def check_writable(self) -> None:
+        """Raise `ConfigurationError` unless an object can be put and removed below the root."""
+        name = f".swath-{uuid.uuid4().hex}"
+        try:
+            self.put(name, b"")
+            self.filesystem.rm_file(self.path(name))
+        except (OSError, BotoCoreError, ClientError, NotImplementedError) as error:
+            raise ConfigurationError(f"{self.url}: cannot be written: {reason(error)}") from None
+
+    def arrow(self) -> pyarrow.fs.FileSystem:
+        """The same store for PyArrow's readers."""
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self.filesystem))
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    @property
+    def is_s3(self) -> bool:
+        return "s3" in self.filesystem.protocol
+
+
+def put_local(path: str, data: bytes, only_new: bool) -> None:
+    """Write beside `path`, sync, then give it its name in one step that the file system makes atomic."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if only_new:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def storage_options(url: str, settings: StorageSettings) -> dict[str, Any]:
+    """What fsspec is told about the store behind `url`."""
+    protocol = fsspec.utils.get_protocol(url)
+    protocol = "s3" if protocol == "s3a" else protocol
+    given = {key.partition(".")[2]: value for key, value in settings.storage_option.items() if is_for(key, protocol)}
+    if protocol != "s3":
+        return given
+    client = {"region_name": settings.region} if settings.region else {}
+    return {
+        "anon": settings.anonymous,
+        "endpoint_url": settings.endpoint_url,
+        "client_kwargs": client,
+        "config_kwargs": S3_OPTIONS,
+        "use_listings_cache": False,
+    } | given
+
+
+def is_for(key: str, protocol: str) -> bool:
+    return key.partition(".")[0] == protocol
+
+
+def etag_of(info: Mapping[str, Any]) -> str:
+    """The store's own version of an object, or, where it has none, its size and time of change."""
+    for key in ("ETag", "etag", "md5Hash", "content_md5", "version"):
+        if info.get(key):
+            return str(info[key]).strip('"')
+    changed = info.get("mtime") or info.get("last_modified") or info.get("updated") or info.get("LastModified") or ""
+    return f"{info.get('size', 0)}-{changed}"
+
+
+def public_url(url: str) -> str:
+    """`url` without what may be secret: user, password, query."""
+    if "://" not in url:
+        return url
+    protocol, _, rest = url.partition("://")
+    if protocol not in ("http", "https"):
+        return f"{protocol}://{rest.rpartition('@')[2]}" if "@" in rest.partition("/")[0] else url
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong with a store, in one line that says what to do where that is known."""
+    match error:
+        case NoCredentialsError():
+            return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use --anonymous"
+        case FileNotFoundError():
+            return "no such file, folder or bucket"
+        case PermissionError():
+            return "access denied; check the credentials and what they allow"
+    text = " ".join(str(error).split()) or type(error).__name__
+    code = error_code(error)
+    return f"{code}: {text}"[:300] if code and code not in text else text[:300]
+
+
+def error_code(error: BaseException) -> str:
+    """S3's own code of an error ("SlowDown"), or nothing."""
+    cause = error if isinstance(error, ClientError) else error.__cause__
+    return str(cause.response.get("Error", {}).get("Code", "")) if isinstance(cause, ClientError) else ""

@@ -1,0 +1,96 @@
+"""Real parts for the tests: a real S3 server, networks that transformers made, collections of images."""
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infra.local.s3_server import PACKAGES, S3Server, missing_programs, s3_server
+from model.checkpoint import save_huggingface
+from model.labels import label_set
+from model.segformer import Segformer, variant
+
+NAMES = ["sky", "land", "water", "it's <b>odd</b>", "life"]
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server, whose address and keys are in the environment. Installed where it is missing."""
+    if missing_programs():
+        install_s3_server()
+    with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+
+
+def install_s3_server() -> None:
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        why = f"no S3 server: {', '.join(missing_programs())} not found, and no root or no apt to install {PACKAGES}"
+        if os.environ.get("CI"):
+            pytest.fail(why)
+        pytest.skip(why)
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
+        subprocess.run(["apt-get", *command], check=True, env=environment, capture_output=True)
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> str:
+    """The URL of a new bucket."""
+    name = f"test-{uuid.uuid4().hex}"
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a B0 of random weights and five classes: its masks mean nothing, but have every class."""
+    torch.manual_seed(7)
+    model = Segformer(variant("b0", labels=len(NAMES)))
+    torch.nn.init.normal_(model.decoder.classifier.weight, std=1.0)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_huggingface(model, label_set(NAMES), str(folder))
+    return str(folder)
+
+
+def draw_image(path: Path, width: int, height: int, seed: int = 0) -> Path:
+    """Write an image of coloured blocks and noise in the format that the suffix of `path` names."""
+    rng = np.random.default_rng(seed)
+    blocks = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height))
+    noise = rng.integers(-20, 20, (height, width, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((np.asarray(blocks) + noise).clip(0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> Path:
+    """Twelve images of five sizes and four formats, and what a real folder has beside images."""
+    sizes = [(64, 48), (48, 64), (101, 37), (128, 128), (33, 90)]
+    suffixes = ["jpg", "png", "webp", "bmp"]
+    folder = tmp_path / "collection"
+    for number in range(12):
+        width, height = sizes[number % len(sizes)]
+        name = f"part {number % 3}/image-{number:02d}.{suffixes[number % len(suffixes)]}"
+        draw_image(folder / name, width, height, seed=number)
+    return folder
+
+
+def spoil(folder: Path) -> None:
+    """Add what must not stop a run: broken images, no images, and a folder with an image's name."""
+    whole = draw_image(folder / "whole.jpg", 120, 90).read_bytes()
+    (folder / "whole.jpg").unlink()
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("This is no picture.")
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "notes.txt").write_text("Neither is this.")
+    (folder / "x.png").mkdir()

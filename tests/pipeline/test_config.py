@@ -1,0 +1,70 @@
+"""A setting that cannot be is one readable line with the value and the remedy."""
+
+import pytest
+
+from pipeline.config import ConfigurationError, SegmentSettings, build, read_yaml, worker_range
+
+GOOD = {"input": "in", "output": "out", "checkpoint": "c"}
+
+
+def complaint(**values: object) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        build(SegmentSettings, GOOD | values)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_good_settings_pass_and_defaults_are_sensible():
+    settings = build(SegmentSettings, GOOD)
+    assert settings.policy == "short=512"
+    assert settings.metrics_host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"shard_images": "many"}, "shard_images: input should be a valid integer"),
+        ({"shard_images": 0}, "1 or more (got 0)"),
+        ({"policy": "big"}, "short=512"),
+        ({"polcy": "short=512"}, "did you mean 'policy'?"),
+        ({"zzz": 1}, "unknown setting 'zzz'; see --help"),
+        ({"workers": "8:1"}, "MIN:MAX"),
+        ({"run_id": "../evil"}, "letters, digits"),
+        ({"metrics_port": 70000}, "65535"),
+        ({"storage_option": ["nodot=1"]}, "PROTOCOL.KEY=VALUE"),
+        ({"input": ""}, "must not be empty"),
+        ({"gpus_per_worker": -1}, "0 or more"),
+        ({"include": 3}, "include"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_value_and_the_remedy(values, expected):
+    assert expected in complaint(**values)
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(ConfigurationError, match="checkpoint is missing"):
+        build(SegmentSettings, {"input": "in", "output": "out"})
+
+
+def test_worker_ranges():
+    assert worker_range("3") == (3, 3)
+    assert worker_range("1:8") == (1, 8)
+    assert worker_range("auto") is None
+
+
+@pytest.mark.parametrize(("text", "expected"), [("a: [", "not valid YAML"), ("- 1", "list"), (b"\xff\xfe\x00", "YAML")])
+def test_a_file_that_is_no_settings_is_refused(tmp_path, text, expected):
+    path = tmp_path / "settings.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigurationError, match=expected):
+        read_yaml(str(path))
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_yaml(str(tmp_path / "nowhere.yaml"))
+
+
+def test_yaml_keys_may_be_written_as_options_are(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("shard-images: 7\nstorage_option: {gs.token: anon}\n")
+    settings = build(SegmentSettings, GOOD | read_yaml(str(path)))
+    assert settings.shard_images == 7
+    assert settings.storage_option == {"gs.token": "anon"}

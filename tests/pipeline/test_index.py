@@ -1,0 +1,86 @@
+"""The index knows every image by its header, skips what is none, and reads nothing twice."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import ConfigurationError, IndexSettings
+from pipeline.index import Index, read_index, update_index
+from pipeline.storage import Store
+from tests.conftest import draw_image, spoil
+
+
+def update(source, output, **options: object) -> Index:
+    settings = IndexSettings(input=str(source), output=str(output), **options)
+    return update_index(settings, Store(str(source), settings), Store(str(output), settings), lambda *_: None)
+
+
+def test_sizes_and_formats_come_from_headers(collection, tmp_path):
+    images = update(collection, tmp_path / "out").images
+    assert len(images) == 12
+    for row in images.to_pylist():
+        with Image.open(row["uri"].removeprefix("file://")) as image:
+            assert (row["width"], row["height"]) == image.size
+            assert row["format"] == image.format.lower()
+
+
+def test_what_is_no_image_by_name_is_counted_and_what_is_broken_has_a_reason(collection, tmp_path):
+    spoil(collection)
+    index = update(collection, tmp_path / "out")
+    assert index.skipped == Counter({".txt": 1, "a directory": 1})
+    broken = {row["uri"].rpartition("/")[2]: row["error"] for row in index.images.to_pylist() if row["error"]}
+    assert "empty" in broken.pop("empty.jpg")
+    assert "not an image" in broken.pop("text.jpg")
+    assert broken == {}  # a truncated file has a whole header
+
+
+def test_only_new_and_changed_images_are_opened(collection, tmp_path):
+    assert update(collection, tmp_path / "out").opened == 12
+    assert update(collection, tmp_path / "out").opened == 0
+    draw_image(collection / "new.png", 70, 60)
+    draw_image(collection / "part 0/image-00.jpg", 99, 98, seed=77)
+    again = update(collection, tmp_path / "out")
+    assert (again.opened, len(again.images)) == (2, 13)
+    sizes = {row["uri"].rpartition("/")[2]: row["width"] for row in again.images.to_pylist()}
+    assert (sizes["new.png"], sizes["image-00.jpg"]) == (70, 99)
+    (collection / "new.png").unlink()
+    assert len(update(collection, tmp_path / "out").images) == 12
+    settings = IndexSettings(input="x", output=str(tmp_path / "out"))
+    assert len(read_index(Store(str(tmp_path / "out"), settings))) == 14  # every version ever seen
+
+
+def test_patterns_choose_by_name(collection, tmp_path):
+    (collection / "raw").mkdir()
+    (collection / "part 0/image-00.jpg").rename(collection / "raw/0001")
+    index = update(collection, tmp_path / "out", include="raw/*")
+    assert [row["uri"].rpartition("/")[2] for row in index.images.to_pylist()] == ["0001"]
+    assert len(update(collection, tmp_path / "out", exclude=["part 1/*", "*.bmp"]).images) == 5
+
+
+def test_an_output_inside_its_collection_is_not_part_of_it(collection):
+    draw_image(collection / "out/preview.png", 9, 9)
+    assert len(update(collection, collection / "out").images) == 12
+
+
+def test_a_header_behind_a_large_profile_is_found(tmp_path):
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in/x.jpg", icc_profile=bytes(200_000))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)).save(tmp_path / "in/y.tif")
+    rows = update(tmp_path / "in", tmp_path / "out").images.to_pylist()
+    assert [(row["width"], row["height"]) for row in rows] == [(40, 30), (400, 300)]
+
+
+def test_a_single_file_is_a_collection_of_one(collection, tmp_path):
+    assert len(update(collection / "part 0/image-00.jpg", tmp_path / "out").images) == 1
+
+
+def test_nothing_to_index_stops_with_one_line(tmp_path):
+    with pytest.raises(ConfigurationError, match="no such"):
+        update(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").touch()
+    with pytest.raises(ConfigurationError, match=r"no images found \(skipped 1: .txt 1\)"):
+        update(tmp_path / "in", tmp_path / "out")

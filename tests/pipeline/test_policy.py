@@ -1,0 +1,39 @@
+"""The policy puts any image into a bucket that the network likes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.policy import MAX_ASPECT, parse_policy
+
+SIDE = st.integers(1, 40_000)
+
+
+@given(SIDE, SIDE, st.sampled_from([32, 256, 512, 1024]))
+def test_the_short_side_is_exact_and_the_long_one_close_to_the_aspect(height, width, short):
+    found = parse_policy(f"short={short}").size(height, width)
+    assert min(found) == short
+    assert all(side % 32 == 0 for side in found)
+    assert (found[0] <= found[1]) == (height <= width) or found[0] == found[1]
+    wanted = min(short * max(height, width) / min(height, width), short * MAX_ASPECT)
+    assert abs(max(found) - wanted) <= 16
+
+
+@given(SIDE, SIDE)
+def test_turning_an_image_turns_its_bucket(height, width):
+    policy = parse_policy("short=512")
+    assert policy.size(height, width) == policy.size(width, height)[::-1]
+
+
+def test_exact_sizes_are_exact_and_examples_are_as_documented():
+    assert parse_policy("exact=512x1024").size(3000, 17) == (512, 1024)
+    assert parse_policy("short=512").size(480, 640) == (512, 672)
+    assert parse_policy("short=512").size(10, 100_000) == (512, 4096)
+
+
+@pytest.mark.parametrize(
+    "text", ["short=500", "short=0", "short", "exact=512", "exact=512x0", "native", "", "short=99999"]
+)
+def test_a_policy_that_cannot_be_is_refused(text):
+    with pytest.raises(ValueError, match=r"expected|multiple"):
+        parse_policy(text)
