@@ -1,0 +1,106 @@
+"""The command line: `swath JOB ...`. Options, YAML keys and checks all come from the settings in `pipeline.config`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from jobs import demo, index, plan, segment
+from model.checkpoint import CheckpointError
+from pipeline.config import ConfigurationError, build, read_yaml
+from pipeline.run import IncompleteRunError
+
+JOBS = {"segment": segment, "index": index, "plan": plan, "demo": demo}
+EPILOGUE = """\
+Exit codes: 0 done, 1 not all shards could be done (run again to go on), 2 a setting, the input or the checkpoint
+cannot be used, 130 interrupted (run again to go on).
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what is wrong is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job that `arguments` (default: the process's own) name; the exit code."""
+    parser = Parser(
+        prog="swath",
+        allow_abbrev=False,
+        description="Segment image collections of any size into a Parquet table.",
+        epilog=EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    jobs = parser.add_subparsers(title="jobs", dest="job", metavar="JOB", required=True)
+    for name, job in JOBS.items():
+        add_job(jobs, name, job)
+    parsed = vars(parser.parse_args(arguments))
+    job = JOBS[parsed.pop("job")]
+    return guarded(lambda: job.run(read_settings(job.SETTINGS, parsed)))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code of `work`, with everything a person can act on said in one line."""
+    try:
+        return work()
+    except (ConfigurationError, CheckpointError) as error:
+        print(f"swath: error: {error}", file=sys.stderr)
+        return 2
+    except IncompleteRunError as error:
+        print(f"swath: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("swath: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def add_job(jobs: Any, name: str, job: Any) -> None:
+    """One subcommand, its options grouped as the settings are."""
+    summary, _, rest = job.__doc__.partition("\n")
+    parser = jobs.add_parser(
+        name,
+        allow_abbrev=False,
+        help=summary.rstrip("."),
+        description=f"{summary}\n{rest}",
+        epilog=EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    groups: dict[str, Any] = {}
+    for field, info in job.SETTINGS.model_fields.items():
+        extra = info.json_schema_extra
+        if extra is None:  # a positional argument, which may come from the file instead
+            parser.add_argument(
+                field, nargs="?", metavar=field.upper(), default=argparse.SUPPRESS, help=info.description
+            )
+            continue
+        if extra["group"] not in groups:
+            groups[extra["group"]] = parser.add_argument_group(extra["group"])
+        groups[extra["group"]].add_argument(f"--{field.replace('_', '-')}", **how_to_parse(info))
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; options win over it")
+
+
+def how_to_parse(info: Any) -> dict[str, Any]:
+    """argparse's arguments for one setting; the values stay text, and the settings check them."""
+    default = info.default
+    shown = (
+        default is not PydanticUndefined and default not in (None, False, (), {}) and "(default" not in info.description
+    )
+    options: dict[str, Any] = {"default": argparse.SUPPRESS}
+    options["help"] = (info.description + (f" (default: {default})" if shown else "")).replace("%", "%%")
+    if info.annotation is bool:
+        return options | {"action": "store_true"}
+    if default in ((), {}):
+        options["action"] = "append"
+    return options | {"metavar": info.json_schema_extra["metavar"]}
+
+
+def read_settings(kind: type[BaseModel], given: dict[str, Any]) -> Any:
+    """Settings from the YAML file and the options, checked. Raises `ConfigurationError`."""
+    path = given.pop("config", None)
+    file = read_yaml(path) if path else {}
+    return build(kind, file | given, dict.fromkeys(set(file) - set(given), path))

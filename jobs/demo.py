@@ -1,0 +1,154 @@
+"""Draw a small collection of street scenes, segment it here, and show what came out.
+
+Needs no cluster, no bucket and no download: the scenes are drawn, their ground truth is therefore known, and the
+network is one that this project ships, trained on other scenes (jobs/scenes/train.py). A few files are broken on
+purpose. FOLDER is made anew each time.
+
+  swath demo
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow.dataset
+from PIL import Image, ImageDraw, ImageFont
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.table import Table
+
+from jobs.display import Display, example_query, print_record
+from jobs.scenes.draw import CLASSES, PALETTE, draw_scene
+from jobs.scenes.train import TRAINING_SEEDS
+from model.labels import label_set
+from pipeline.config import ConfigurationError, SegmentSettings, option
+from pipeline.masks import decode_mask, overlay
+from pipeline.run import segment
+
+WEIGHTS = Path(__file__).parent / "scenes" / "weights"
+SHAPES = (
+    (640, 480),
+    (480, 640),
+    (800, 600),
+    (960, 540),
+    (512, 512),
+    (600, 800),
+    (720, 405),
+    (375, 500),
+)  # width, height
+SUFFIXES = ("jpg", "png", "webp")
+MARKER = ".swath-demo"  # in a folder that the demo made, and may therefore remove
+
+
+class DemoSettings(BaseModel):
+    """What `swath demo` needs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str = Field("swath-demo", description="where images, masks and the picture go (default: swath-demo)")
+    images: int = option(48, "scenes to draw", "Demo", "N")
+
+
+SETTINGS = DemoSettings
+
+
+def run(settings: DemoSettings) -> int:
+    folder = fresh_folder(Path(settings.folder))
+    scenes = draw_collection(folder / "images", settings.images)
+    job = SegmentSettings(input=str(folder / "images"), output=str(folder / "masks"), checkpoint=str(WEIGHTS))
+    with Display() as display:
+        display.say(f"{len(scenes)} scenes and 5 files that are none in {folder / 'images'}")
+        result = segment(job, display)
+    assert result.record
+    print_record(result.record, job.output)
+    print_answer(job.output)
+    rows = pyarrow.dataset.dataset(f"{job.output}/segments").to_table().to_pylist()
+    print_accuracy(rows, scenes)
+    picture = folder / "overview.png"
+    draw_overview(rows, picture)
+    print(f"picture  {picture}")
+    return 0
+
+
+def fresh_folder(folder: Path) -> Path:
+    """`folder`, empty but for the marker. Raises `ConfigurationError` for a folder that is somebody else's."""
+    if folder.exists() and not (folder / MARKER).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(f"{folder} exists and is not a demo's; give another FOLDER")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+    return folder
+
+
+def draw_collection(folder: Path, images: int) -> dict[str, tuple[int, int, int]]:
+    """Draw `images` scenes, and five files that are none; (seed, width, height) of each scene by its file's name."""
+    if not 1 <= images <= TRAINING_SEEDS:
+        raise ConfigurationError(f"images: must be from 1 to {TRAINING_SEEDS:,} (got {images})")
+    folder.mkdir()
+    scenes = {}
+    for seed in range(images):
+        (width, height), suffix = SHAPES[seed % len(SHAPES)], SUFFIXES[seed % len(SUFFIXES)]
+        name = f"scene-{seed:04d}.{suffix}"
+        Image.fromarray(draw_scene(seed, width, height).image).save(folder / name, quality=92)
+        scenes[name] = (seed, width, height)
+    whole = (folder / "scene-0000.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 3])
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("This is no picture.\n")
+    (folder / "notes.txt").write_text("Neither is this, and its name says so.\n")
+    (folder / "folder.png").mkdir()
+    return scenes
+
+
+def print_answer(output: str) -> None:
+    """Put the query that closes every run to the table, and show what it says."""
+    answer = duckdb.connect().execute(example_query(f"{output}/segments/*/*.parquet"))
+    table = Table(*(column[0] for column in answer.description or ()), box=None, header_style="bold", pad_edge=False)
+    for values in answer.fetchall():
+        table.add_row(*map(str, values))
+    print()
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+def print_accuracy(rows: list[dict], scenes: dict[str, tuple[int, int, int]]) -> None:
+    """Compare every mask with the scene that it was made from; no scene was in the training set."""
+    confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)  # truth, prediction
+    for row in rows:
+        if row["status"] == "ok":
+            truth = draw_scene(*scenes[row["uri"].rpartition("/")[2]]).mask
+            pairs = truth.astype(np.int64) * len(CLASSES) + decode_mask(row["mask"])
+            confusion += np.bincount(pairs.ravel(), minlength=confusion.size).reshape(confusion.shape)
+    hits = np.diag(confusion)
+    iou = hits / (confusion.sum(axis=0) + confusion.sum(axis=1) - hits)
+    classes = "  ".join(f"{name} {value:.2f}" for name, value in zip(CLASSES, iou, strict=True))
+    print(f"\nagainst the ground truth of these held-out scenes, over {confusion.sum():,} pixels:")
+    print(f"pixel accuracy {hits.sum() / confusion.sum():.4f}  mean IoU {np.nanmean(iou):.4f}  ({classes})")
+
+
+def draw_overview(rows: list[dict], path: Path, cells: int = 8, width: int = 320) -> None:
+    """A sheet of images beside their masks, with a legend."""
+    labels, margin = label_set(list(CLASSES), list(PALETTE)), 8
+    good = [row for row in rows if row["status"] == "ok"][:cells]
+    tiles = []
+    for row in good:
+        image = np.array(Image.open(row["uri"].removeprefix("file://")).convert("RGB"))
+        pair = np.concatenate([image, overlay(image, decode_mask(row["mask"]), labels, opacity=0.8)], axis=1)
+        tile = Image.fromarray(pair)
+        tile.thumbnail((2 * width, width))
+        tiles.append(tile)
+    row_height = max(tile.height for tile in tiles) + margin
+    legend = 40
+    size = (4 * width + 3 * margin, math.ceil(len(tiles) / 2) * row_height + margin + legend)
+    sheet = Image.new("RGB", size, "white")
+    for number, tile in enumerate(tiles):
+        left = margin + number % 2 * (2 * width + margin) + (2 * width - tile.width) // 2
+        sheet.paste(tile, (left, margin + number // 2 * row_height))
+    draw, font, x = ImageDraw.Draw(sheet), ImageFont.load_default(16), margin
+    for name, colour in zip(labels.names, labels.palette, strict=True):
+        y = sheet.height - legend + 8
+        draw.rectangle((x, y, x + 20, y + 20), fill=colour)
+        draw.text((x + 26, y), name, fill="black", font=font)
+        x += 46 + round(font.getlength(name))
+    sheet.save(path)

@@ -1,0 +1,123 @@
+"""What a person sees while a job runs, and when it is done."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_EVERY = 5.0  # seconds between two lines where there is no terminal
+
+
+class Display:
+    """Progress as a live bar in a terminal, as plain lines elsewhere. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.first: dict[str, tuple[float, int]] = {}  # when and at which count each kind of work was first seen
+        self.printed = 0.0
+
+    def __enter__(self) -> "Display":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def indexing(self, done: int, total: int) -> None:
+        if total:
+            self.show("reading headers", done, total, "")
+
+    def segmenting(self, done: int, total: int, failures: int) -> None:
+        self.show("segmenting", done, total, f"{failures:,} failed" if failures else "")
+
+    def show(self, work: str, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        began, already = self.first.setdefault(work, (now, done))
+        rate = (done - already) / (now - began) if done > already else 0.0
+        detail = "  ".join(filter(None, [f"{rate:,.1f} images/s" if rate else "", note]))
+        if self.console.is_terminal:
+            if work not in self.tasks:
+                self.tasks[work] = self.bar.add_task(work, total=total, detail=detail)
+            self.bar.update(self.tasks[work], completed=done, total=total, detail=detail)
+        elif now - self.printed >= PLAIN_EVERY or done == total:
+            self.printed = now
+            left = f"  ETA {clock((total - done) / rate)}" if rate and done < total else ""
+            self.say("  ".join(filter(None, [f"{work} {done:,}/{total:,}", detail])) + left)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that reads best: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def print_record(record: dict[str, Any], output: str) -> None:
+    """The closing table of a run: what became of the images, how fast, what is in them, and how to ask for more."""
+    console = Console(soft_wrap=True, highlight=False)
+    table = Table("status", "images", "share", box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for status, images in sorted(record["statuses"].items(), key=lambda item: -item[1]):
+        table.add_row(status, f"{images:,}", f"{images / record['images']:.1%}")
+    console.print(table)
+    seconds = record["seconds"]
+    console.print(
+        f"\n{record['images']:,} images in {clock(seconds)}, {record['images'] / max(seconds, 1e-9):,.1f} images/s; "
+        f"{size(record['input_bytes'])} read, {size(record['output_bytes'])} of masks"
+    )
+    classes = sorted(record["class_pixels"].items(), key=lambda item: -item[1])[:8]
+    if classes:
+        table = Table("class", "of all pixels", "in images", box=None, header_style="bold", pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, pixels in classes:
+            images = record["class_images"][name]
+            table.add_row(escape(name), f"{pixels / record['pixels']:.1%}", f"{images:,}")
+        console.print()
+        console.print(table)
+    segments = f"{output.rstrip('/')}/segments/*/*.parquet"
+    console.print(
+        f"\nrows     {escape(segments)}", f"run      {record['run_id']}  model {record['model_version']}", sep="\n"
+    )
+    console.print(f"query    {escape(example_query(segments))}")
+
+
+def example_query(segments: str) -> str:
+    """A DuckDB query that works on any output: the classes, most pixels first."""
+    return (
+        "SELECT c.name, count(*) AS images, round(100 * avg(c.fraction), 1) AS percent, "
+        "round(avg(c.confidence), 3) AS confidence "
+        f"FROM (SELECT unnest(classes) AS c FROM {sql_text(segments)}) GROUP BY 1 ORDER BY 3 DESC"
+    )
+
+
+def sql_text(text: str) -> str:
+    """`text` as an SQL literal."""
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,45 @@
+"""Show what a run would do: shards, buckets, how full its batches are, how large its output. A dry run.
+
+It brings the index in OUTPUT up to date and writes nothing else.
+
+  swath plan s3://bucket/photos s3://bucket/masks --checkpoint s3://bucket/models/b2
+"""
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.display import Display, size
+from model.checkpoint import model_version
+from pipeline.config import PlanSettings
+from pipeline.plan import summarise
+from pipeline.run import index_and_plan, read_checkpoint
+from pipeline.storage import Store
+
+SETTINGS = PlanSettings
+
+
+def run(settings: PlanSettings) -> int:
+    version = model_version(read_checkpoint(settings).digest, settings.mask_settings())
+    output = Store(settings.output, settings)
+    output.check_writable()
+    with Display() as display:
+        _, plan = index_and_plan(settings, output, version, display)
+    buckets = summarise(plan, settings.batch_pixels)
+    table = Table(
+        "bucket", "images", "shards", "batch", "fill", "masks (est.)", box=None, header_style="bold", pad_edge=False
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for bucket in buckets:
+        counts = (f"{bucket.images:,}", f"{bucket.shards:,}", f"{bucket.batch:,}")
+        table.add_row(bucket.name, *counts, f"{bucket.fill:.0%}", size(bucket.mask_bytes))
+    Console(soft_wrap=True, highlight=False).print(table)
+    images, shards = len(plan), sum(bucket.shards for bucket in buckets)
+    places = sum(bucket.images / bucket.fill for bucket in buckets)
+    masks = size(sum(bucket.mask_bytes for bucket in buckets))
+    print(
+        f"\n{images:,} images to do in {shards:,} shards of {len(buckets)} buckets; "
+        f"batches {images / max(places, 1):.0%} full; about {masks} of masks"
+    )
+    print(f"model  {version}")
+    return 0
