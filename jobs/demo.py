@@ -7,7 +7,6 @@ purpose. FOLDER is made anew each time.
   swath demo
 """
 
-import math
 import shutil
 from pathlib import Path
 
@@ -134,17 +133,18 @@ def draw_overview(rows: list[dict], path: Path, cells: int = 8, width: int = 320
     tiles = []
     for row in good:
         image = np.array(Image.open(row["uri"].removeprefix("file://")).convert("RGB"))
-        pair = np.concatenate([image, overlay(image, decode_mask(row["mask"]), labels, opacity=0.8)], axis=1)
-        tile = Image.fromarray(pair)
+        overlaid = overlay(image, decode_mask(row["mask"]), labels, opacity=0.8)
+        tile = Image.fromarray(np.concatenate([image, overlaid], axis=1))
         tile.thumbnail((2 * width, width))
         tiles.append(tile)
-    row_height = max(tile.height for tile in tiles) + margin
+    rows_of_tiles = [tiles[start : start + 2] for start in range(0, len(tiles), 2)]
+    heights = [max(tile.height for tile in pair) + margin for pair in rows_of_tiles]
     legend = 40
-    size = (4 * width + 3 * margin, math.ceil(len(tiles) / 2) * row_height + margin + legend)
-    sheet = Image.new("RGB", size, "white")
-    for number, tile in enumerate(tiles):
-        left = margin + number % 2 * (2 * width + margin) + (2 * width - tile.width) // 2
-        sheet.paste(tile, (left, margin + number // 2 * row_height))
+    sheet = Image.new("RGB", (4 * width + 3 * margin, sum(heights) + margin + legend), "white")
+    for number, pair in enumerate(rows_of_tiles):
+        for column, tile in enumerate(pair):
+            left = margin + column * (2 * width + margin) + (2 * width - tile.width) // 2
+            sheet.paste(tile, (left, margin + sum(heights[:number])))
     draw, font, x = ImageDraw.Draw(sheet), ImageFont.load_default(16), margin
     for name, colour in zip(labels.names, labels.palette, strict=True):
         y = sheet.height - legend + 8

@@ -130,12 +130,13 @@ def runs(output: Store) -> list[Run]:
     return [Run(output, name) for name in output.names("runs")]
 
 
-def unfinished(output: Store, origin: Origin) -> Run | None:
-    """The newest run that was begun from the same input with the same model version, and not completed."""
-    for run in reversed(runs(output)):
-        files = output.names(f"runs/{run.id}")
-        if "plan.parquet" in files and "run.json" not in files and run.origin() == origin:
-            return run
+def unfinished(output: Store, origin: Origin) -> tuple[Run, Origin] | None:
+    """The run from the same input with the same model version that was begun and not completed, if there is one."""
+    for run in runs(output):
+        if "run.json" not in output.names(f"runs/{run.id}"):
+            planned = run.origin()
+            if planned and (planned.input, planned.model_version) == (origin.input, origin.model_version):
+                return run, planned
     return None
 
 

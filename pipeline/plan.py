@@ -41,6 +41,8 @@ class Origin:
     """What a plan was made from; a run is resumed only with the same."""
 
     input: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
     model_version: str
 
 
@@ -93,7 +95,8 @@ def encode_plan(plan: pa.Table, origin: Origin) -> bytes:
 
 
 def read_origin(file: pq.ParquetFile) -> Origin:
-    return Origin(**json.loads(file.schema_arrow.metadata[ORIGIN_KEY]))
+    found = json.loads(file.schema_arrow.metadata[ORIGIN_KEY])
+    return Origin(found["input"], tuple(found["include"]), tuple(found["exclude"]), found["model_version"])
 
 
 def planned_images(shard: pa.Table) -> list[PlannedImage]:

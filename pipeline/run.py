@@ -71,7 +71,8 @@ def segment(settings: SegmentSettings, listener: Listener) -> Result:
     checkpoint = read_checkpoint(settings)
     output = Store(settings.output, settings)
     output.check_writable()
-    origin = Origin(public_url(settings.input), model_version(checkpoint.digest, settings.mask_settings()))
+    version = model_version(checkpoint.digest, settings.mask_settings())
+    origin = Origin(public_url(settings.input), settings.include, settings.exclude, version)
     run = find_run(settings, output, origin, listener)
     if record := run.record():
         listener.say(f"run {run.id} is complete: {record['images']:,} images, nothing to do")
@@ -90,20 +91,27 @@ def read_checkpoint(settings: PlanSettings) -> Checkpoint:
 
 
 def find_run(settings: SegmentSettings, output: Store, origin: Origin, listener: Listener) -> Run:
-    """The run to do: the one asked for, an unfinished one, or a new one."""
-    if settings.run_id:
-        run = Run(output, settings.run_id)
-        planned = run.origin()
-        if planned and planned != origin:
-            raise ConfigurationError(
-                f"run {run.id} was planned for {planned.input} with model version {planned.model_version}, "
-                f"this is {origin.input} with {origin.model_version}; choose another --run-id"
-            )
-        return run
-    if unfinished_run := unfinished(output, origin):
-        listener.say(f"run {unfinished_run.id} was not finished, so it goes on (--run-id begins another)")
-        return unfinished_run
-    return Run(output, datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"))
+    """The run to do: the one asked for, the unfinished one, or a new one.
+
+    Two unfinished runs over one input would give an image two rows, so the first has to end before another begins.
+    """
+    found = unfinished(output, origin)
+    run = Run(output, settings.run_id or (found[0].id if found else datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")))
+    planned = run.origin()
+    if planned and planned != origin:
+        differing = [f"{key} {value!r}" for key, value in vars(planned).items() if value != getattr(origin, key)]
+        raise ConfigurationError(
+            f"run {run.id} was planned with {', '.join(differing)}; use the same again, or another --run-id"
+        )
+    if found and found[0].id != run.id:
+        other = found[0]
+        raise ConfigurationError(
+            f"run {other.id} of this input is not finished; finish it with --run-id {other.id}, "
+            f"or remove {output.url}/runs/{other.id} and {output.url}/{other.folder}"
+        )
+    if found:
+        listener.say(f"run {run.id} was not finished, so it goes on")
+    return run
 
 
 def prepare(settings: PlanSettings, run: Run, origin: Origin, listener: Listener) -> int:

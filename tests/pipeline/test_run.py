@@ -1,5 +1,6 @@
 """Whole runs on a real Ray: from a collection to a table, on a local disk and on a real S3 server."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import duckdb
 import fsspec
@@ -172,7 +174,7 @@ def test_a_second_run_does_nothing_twice_and_says_so(collection, checkpoint, tmp
     uris = [row["uri"] for row in rows_of(output)]
     assert len(uris) == len(set(uris)) == 13
 
-    with pytest.raises(ConfigurationError, match="choose another --run-id"):
+    with pytest.raises(ConfigurationError, match=r"was planned with input .*another --run-id"):
         run(collection / "part 0", output, checkpoint, run_id="night-1")
 
 
@@ -204,6 +206,11 @@ def test_a_run_that_was_killed_goes_on_where_it_was(collection, checkpoint, tmp_
     assert kept
     assert not list(output.glob("runs/*/run.json"))
 
+    with pytest.raises(ConfigurationError, match="is not finished; finish it with --run-id"):
+        run(collection, output, checkpoint, policy="short=256", run_id="other")
+    with pytest.raises(ConfigurationError, match="was planned with include"):
+        run(collection, output, checkpoint, policy="short=256", include=["more/*"])
+
     watcher = Watcher()
     result = run(collection, output, checkpoint, watcher, policy="short=256")
     assert any("was not finished, so it goes on" in line for line in watcher.lines)
@@ -212,6 +219,43 @@ def test_a_run_that_was_killed_goes_on_where_it_was(collection, checkpoint, tmp_
     uris = [row["uri"] for row in rows_of(output)]
     assert len(uris) == len(set(uris)) == 72
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_worker_that_is_killed_costs_nothing_but_time(collection, checkpoint, tmp_path):
+    class Killer(Watcher):
+        """Kills the worker once, when the first images are done."""
+
+        killed = 0
+
+        def segmenting(self, done: int, total: int, failures: int) -> None:
+            super().segmenting(done, total, failures)
+            if done and not self.killed:
+                self.killed = next(pid for pid, command in descendants(os.getpid()) if "MapWorker" in command)
+                os.kill(self.killed, signal.SIGKILL)
+
+    for number in range(40):
+        draw_image(collection / f"more/{number:02d}.png", 640, 480, seed=number)
+    killer = Killer()
+    result = run(collection, tmp_path / "out", checkpoint, killer, policy="short=256")
+    assert killer.killed
+    assert result.record["statuses"] == {"ok": 52}
+    assert killer.metric('swath_images_total{status="ok"}') == 52
+    assert len({row["uri"] for row in rows_of(tmp_path / "out")}) == len(rows_of(tmp_path / "out")) == 52
+
+
+def descendants(ancestor: int) -> list[tuple[int, str]]:
+    """(pid, command line) of every process below `ancestor`."""
+    parents, commands = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            status = (folder / "status").read_text()
+            parents[int(folder.name)] = int(re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)[1])
+            commands[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+    found, generation = set(), {ancestor}
+    while generation:
+        generation = {pid for pid, parent in parents.items() if parent in generation} - found
+        found |= generation
+    return [(pid, commands[pid]) for pid in sorted(found)]
 
 
 def test_an_image_that_changes_goes_or_is_too_large_has_a_row_that_says_so(collection, checkpoint, tmp_path):
