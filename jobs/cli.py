@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job that `arguments` (default: the process's own) name; the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(
         prog="swath",
         allow_abbrev=False,
@@ -37,10 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     jobs = parser.add_subparsers(title="jobs", dest="job", metavar="JOB", required=True)
-    for name, job in JOBS.items():
-        add_job(jobs, name, job)
-    parsed = vars(parser.parse_args(arguments))
-    job = JOBS[parsed.pop("job")]
+    parsers = {name: add_job(jobs, name, job) for name, job in JOBS.items()}
+    if not given or given[0] not in JOBS:
+        parser.parse_args(given)  # help, or what is wrong
+    job = JOBS[given[0]]
+    parsed = vars(parsers[given[0]].parse_intermixed_args(given[1:]))  # INPUT --checkpoint C OUTPUT is fine too
     return guarded(lambda: job.run(read_settings(job.SETTINGS, parsed)))
 
 
@@ -59,7 +61,7 @@ def guarded(work: Callable[[], int]) -> int:
         return 130
 
 
-def add_job(jobs: Any, name: str, job: Any) -> None:
+def add_job(jobs: Any, name: str, job: Any) -> Parser:
     """One subcommand, its options grouped as the settings are."""
     summary, _, rest = job.__doc__.partition("\n")
     parser = jobs.add_parser(
@@ -82,6 +84,7 @@ def add_job(jobs: Any, name: str, job: Any) -> None:
             groups[extra["group"]] = parser.add_argument_group(extra["group"])
         groups[extra["group"]].add_argument(f"--{field.replace('_', '-')}", **how_to_parse(info))
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; options win over it")
+    return parser
 
 
 def how_to_parse(info: Any) -> dict[str, Any]:

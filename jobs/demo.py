@@ -54,6 +54,8 @@ SETTINGS = DemoSettings
 
 
 def run(settings: DemoSettings) -> int:
+    if not 1 <= settings.images <= TRAINING_SEEDS:
+        raise ConfigurationError(f"images: must be from 1 to {TRAINING_SEEDS:,} (got {settings.images})")
     folder = fresh_folder(Path(settings.folder))
     scenes = draw_collection(folder / "images", settings.images)
     job = SegmentSettings(input=str(folder / "images"), output=str(folder / "masks"), checkpoint=str(WEIGHTS))
@@ -61,12 +63,14 @@ def run(settings: DemoSettings) -> int:
         display.say(f"{len(scenes)} scenes and 5 files that are none in {folder / 'images'}")
         result = segment(job, display)
     assert result.record
-    print_record(result.record, job.output)
+    record = result.record
+    print_record(record, job.output)
     print_answer(job.output)
     rows = pyarrow.dataset.dataset(f"{job.output}/segments").to_table().to_pylist()
     print_accuracy(rows, scenes)
     picture = folder / "overview.png"
     draw_overview(rows, picture)
+    print(f"masks take {record['output_bytes'] / record['pixels']:.4f} bytes a pixel")
     print(f"picture  {picture}")
     return 0
 
@@ -83,8 +87,6 @@ def fresh_folder(folder: Path) -> Path:
 
 def draw_collection(folder: Path, images: int) -> dict[str, tuple[int, int, int]]:
     """Draw `images` scenes, and five files that are none; (seed, width, height) of each scene by its file's name."""
-    if not 1 <= images <= TRAINING_SEEDS:
-        raise ConfigurationError(f"images: must be from 1 to {TRAINING_SEEDS:,} (got {images})")
     folder.mkdir()
     scenes = {}
     for seed in range(images):
@@ -129,7 +131,7 @@ def print_accuracy(rows: list[dict], scenes: dict[str, tuple[int, int, int]]) ->
 def draw_overview(rows: list[dict], path: Path, cells: int = 8, width: int = 320) -> None:
     """A sheet of images beside their masks, with a legend."""
     labels, margin = label_set(list(CLASSES), list(PALETTE)), 8
-    good = [row for row in rows if row["status"] == "ok"][:cells]
+    good = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["uri"])[:cells]
     tiles = []
     for row in good:
         image = np.array(Image.open(row["uri"].removeprefix("file://")).convert("RGB"))

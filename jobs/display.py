@@ -29,7 +29,7 @@ class Display:
         )
         self.tasks: dict[str, TaskID] = {}
         self.first: dict[str, tuple[float, int]] = {}  # when and at which count each kind of work was first seen
-        self.printed = 0.0
+        self.printed = (0.0, -1)  # when a plain line was last printed, and for how many
 
     def __enter__(self) -> "Display":
         self.bar.start()
@@ -57,8 +57,8 @@ class Display:
             if work not in self.tasks:
                 self.tasks[work] = self.bar.add_task(work, total=total, detail=detail)
             self.bar.update(self.tasks[work], completed=done, total=total, detail=detail)
-        elif now - self.printed >= PLAIN_EVERY or done == total:
-            self.printed = now
+        elif now - self.printed[0] >= PLAIN_EVERY or (done == total != self.printed[1]):
+            self.printed = (now, done)
             left = f"  ETA {clock((total - done) / rate)}" if rate and done < total else ""
             self.say("  ".join(filter(None, [f"{work} {done:,}/{total:,}", detail])) + left)
 
@@ -87,11 +87,10 @@ def print_record(record: dict[str, Any], output: str) -> None:
     for status, images in sorted(record["statuses"].items(), key=lambda item: -item[1]):
         table.add_row(status, f"{images:,}", f"{images / record['images']:.1%}")
     console.print(table)
-    seconds = record["seconds"]
-    console.print(
-        f"\n{record['images']:,} images in {clock(seconds)}, {record['images'] / max(seconds, 1e-9):,.1f} images/s; "
-        f"{size(record['input_bytes'])} read, {size(record['output_bytes'])} of masks"
-    )
+    seconds, before = record["seconds"], record["shards_done_before"]
+    pace = f"{record['images'] / max(seconds, 1e-9):,.1f} images/s" if not before else f"{before:,} shards done before"
+    read, written = size(record["input_bytes"]), size(record["output_bytes"])
+    console.print(f"\n{record['images']:,} images in {clock(seconds)}, {pace}; {read} read, {written} of masks")
     classes = sorted(record["class_pixels"].items(), key=lambda item: -item[1])[:8]
     if classes:
         table = Table("class", "of all pixels", "in images", box=None, header_style="bold", pad_edge=False)
@@ -106,6 +105,8 @@ def print_record(record: dict[str, Any], output: str) -> None:
     console.print(
         f"\nrows     {escape(segments)}", f"run      {record['run_id']}  model {record['model_version']}", sep="\n"
     )
+    if (protocol := segments.partition("://")[0]) != segments:
+        console.print(f"first    duckdb.register_filesystem(fsspec.filesystem({protocol!r}))  (in Python)")
     console.print(f"query    {escape(example_query(segments))}")
 
 

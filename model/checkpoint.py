@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from model.labels import LabelSet, label_set
-from model.segformer import Segformer, SegformerConfig
+from model.segformer import VARIANTS, Segformer, SegformerConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,17 +53,35 @@ def load_checkpoint(url: str, storage_options: Mapping[str, Any] | None = None) 
     """
     files = find_files(url, storage_options or {})
     state, metadata = read_tensors(files)
+    settings, preprocessing = files.read_json("config.json"), files.read_json("preprocessor_config.json")
+    try:
+        return assemble(files.shown, state, metadata, settings, preprocessing)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        complaint = f"its parts do not fit together ({one_line(error)}); is it a SegFormer?"
+        raise CheckpointError(f"{files.shown}: {complaint}") from None
+
+
+def assemble(
+    url: str,
+    state: dict[str, Tensor],
+    metadata: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+) -> Checkpoint:
+    """The network from the tensors of a file, and what lay beside it."""
     layout = recognise(state, url)
     if layout is OPENMMLAB:
         state = fold_openmmlab_decoder(state)
-    settings = files.read_json("config.json")
     config = read_config(settings, layout, url) if settings else infer_config(state, layout, url)
     model = Segformer(config)
     fill(model, state, layout, url)
     labels = read_labels(settings, metadata, config.labels)
-    preprocessing = files.read_json("preprocessor_config.json")
-    mean = tuple(preprocessing.get("image_mean") or IMAGENET_MEAN)
-    std = tuple(preprocessing.get("image_std") or IMAGENET_STD)
+    mean = tuple(map(float, preprocessing.get("image_mean") or IMAGENET_MEAN))
+    std = tuple(map(float, preprocessing.get("image_std") or IMAGENET_STD))
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise CheckpointError(f"{url}: preprocessor_config.json gives mean {mean} and std {std}, not three of each")
     return Checkpoint(model.eval(), labels, mean, std, digest_of(model, mean, std))
 
 
@@ -126,6 +144,11 @@ class Layout:
         entry = self.names[part]
         template, piece, pieces = (entry, 0, 1) if isinstance(entry, str) else entry
         return Source(template.format(i=stage, n=stage + 1, j=block, p=parameter), piece, pieces)
+
+    def has(self, key: str) -> bool:
+        """Whether `key` looks like one of this format."""
+        entries = (entry if isinstance(entry, str) else entry[0] for entry in self.names.values())
+        return any(re.fullmatch(re.sub(r"\\{[ijnp]\\}", r"\\w+", re.escape(entry)), key) for entry in entries)
 
 
 def split_name(ours: str) -> tuple[str, int, int, str]:
@@ -273,48 +296,49 @@ class Files:
     filesystem: fsspec.AbstractFileSystem
     folder: str
     weights: str
-    url: str  # as the user gave it, for messages
+    shown: str  # the URL for messages, without what may be secret
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The JSON object in `name` beside the weights; empty when there is no such file."""
         try:
             found = json.loads(self.filesystem.cat_file(f"{self.folder}/{name}"))
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # S3 says "denied" of what is not there, unless one may list
             return {}
         except ValueError as error:
-            raise CheckpointError(f"{self.url}: {name} is not valid JSON ({error}); download it again") from None
+            raise CheckpointError(f"{self.shown}: {name} is not valid JSON ({error}); download it again") from None
         if not isinstance(found, dict):
-            raise CheckpointError(f"{self.url}: {name} is not a JSON object; download it again")
+            raise CheckpointError(f"{self.shown}: {name} is not a JSON object; download it again")
         return found
 
 
 def find_files(url: str, storage_options: Mapping[str, Any]) -> Files:
+    shown = url.partition("?")[0] if "://" in url else url  # a signed address has its secret in the query
     try:
         filesystem, path = url_to_fs(url, **storage_options)
         if filesystem.isfile(path):
-            return Files(filesystem, path.rpartition("/")[0], path, url)
+            return Files(filesystem, path.rpartition("/")[0], path, shown)
         names = [entry.rpartition("/")[2] for entry in filesystem.ls(path, detail=False)]
     except FileNotFoundError:
-        raise CheckpointError(f"{url}: no such file or folder; give a Hugging Face folder or a weight file") from None
+        raise CheckpointError(f"{shown}: no such file or folder; give a Hugging Face folder or a weight file") from None
     except Exception as error:  # every file system has errors of its own
-        raise CheckpointError(f"{url}: cannot be opened ({one_line(error)})") from None
+        raise CheckpointError(f"{shown}: cannot be opened ({one_line(error)})") from None
     found = [name for name in WEIGHT_FILES if name in names]
     found += sorted(name for name in names if name.endswith(WEIGHT_SUFFIXES) and name not in WEIGHT_FILES)
     if not found:
         expected = ", ".join([*WEIGHT_FILES, "*.pth"])
-        raise CheckpointError(f"{url}: no weights in this folder; expected one of {expected}")
+        raise CheckpointError(f"{shown}: no weights in this folder; expected one of {expected}")
     if found[0] not in WEIGHT_FILES and len(found) > 1:
-        raise CheckpointError(f"{url}: several weight files ({', '.join(found[:5])}); name one of them")
-    return Files(filesystem, path.rstrip("/"), f"{path.rstrip('/')}/{found[0]}", url)
+        raise CheckpointError(f"{shown}: several weight files ({', '.join(found[:5])}); name one of them")
+    return Files(filesystem, path.rstrip("/"), f"{path.rstrip('/')}/{found[0]}", shown)
 
 
 def read_tensors(files: Files) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a weight file by name, as float32 where they are floats, and an OpenMMLab file's metadata."""
-    name = files.weights.rpartition("/")[2]
+    name = files.weights.rpartition("/")[2].partition("?")[0]
     try:
         data = files.filesystem.cat_file(files.weights)
     except Exception as error:
-        raise CheckpointError(f"{files.url}: {name} cannot be read ({one_line(error)})") from None
+        raise CheckpointError(f"{files.shown}: {name} cannot be read ({one_line(error)})") from None
     try:
         if name.endswith(".safetensors"):
             loaded: Any = safetensors.torch.load(data)
@@ -322,17 +346,17 @@ def read_tensors(files: Files) -> tuple[dict[str, Tensor], dict[str, Any]]:
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except SafetensorError as error:
         reason = f"is not a whole safetensors file ({len(data):,} bytes: {one_line(error)}); download it again"
-        raise CheckpointError(f"{files.url}: {name} {reason}") from None
+        raise CheckpointError(f"{files.shown}: {name} {reason}") from None
     except Exception as error:  # torch.load documents no set of errors for damaged or foreign files
         reason = f"is not a whole PyTorch file of tensors ({len(data):,} bytes: {one_line(error)})"
         remedy = "download it again, or save its state_dict alone"
-        raise CheckpointError(f"{files.url}: {name} {reason}; {remedy}") from None
+        raise CheckpointError(f"{files.shown}: {name} {reason}; {remedy}") from None
     metadata: dict[str, Any] = {}
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         metadata = loaded["meta"] if isinstance(loaded.get("meta"), dict) else {}
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{files.url}: {name} holds a {type(loaded).__name__}, not a dictionary of tensors")
+        raise CheckpointError(f"{files.shown}: {name} holds a {type(loaded).__name__}, not a dictionary of tensors")
     tensors = {str(key).removeprefix("module."): value for key, value in loaded.items() if isinstance(value, Tensor)}
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}, metadata
 
@@ -341,9 +365,7 @@ def recognise(state: Mapping[str, Tensor], url: str) -> Layout:
     """The layout that most keys of `state` belong to: a damaged file is still recognised, and its gaps named."""
 
     def hits(layout: Layout) -> int:
-        entries = (entry if isinstance(entry, str) else entry[0] for entry in layout.names.values())
-        patterns = [re.sub(r"\\{[ijnp]\\}", r"\\w+", re.escape(entry)) for entry in entries]
-        return sum(any(re.fullmatch(pattern, key) for pattern in patterns) for key in state)
+        return sum(map(layout.has, state))
 
     best = max(LAYOUTS, key=hits)
     if not hits(best):
@@ -366,6 +388,8 @@ def read_config(settings: Mapping[str, Any], layout: Layout, url: str) -> Segfor
         config = SegformerConfig(labels=labels, **tuples, **traits(layout))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{url}: config.json does not describe a SegFormer ({one_line(error)})") from None
+    if any(size % heads for size, heads in zip(config.hidden_sizes, config.heads, strict=False)):
+        raise CheckpointError(f"{url}: config.json gives hidden sizes that its attention heads do not divide")
     if len({len(value) for value in tuples.values() if isinstance(value, tuple)}) != 1:
         raise CheckpointError(f"{url}: config.json gives {CONFIG_KEYS['depths']} and the other lists unequal lengths")
     return config
@@ -385,13 +409,18 @@ def infer_config(state: Mapping[str, Tensor], layout: Layout, url: str) -> Segfo
         return next(block for block, name in enumerate(names) if name not in state)
 
     stages = range(4)
+    depths = tuple(depth(i) for i in stages)
+    if depths not in {published for published, _, _ in VARIANTS.values()}:
+        raise CheckpointError(
+            f"{url}: {depths} blocks are those of no published SegFormer; is it whole? Else add config.json"
+        )
     embeddings = [shape(f"encoder.stages.{i}.patches.conv.weight") for i in stages]
     hidden_sizes = tuple(size[0] for size in embeddings)
     expansions = [shape(f"encoder.stages.{i}.blocks.0.ffn.expand.weight")[0] for i in stages]
     reducers = [layout.source(f"encoder.stages.{i}.blocks.0.attention.reduce.conv.weight").key for i in stages]
     return SegformerConfig(
         labels=shape("decoder.classifier.weight")[0],
-        depths=tuple(depth(i) for i in stages),
+        depths=depths,
         hidden_sizes=hidden_sizes,
         decoder_size=shape("decoder.fuse.weight")[0],
         reductions=tuple(int(state[key].shape[-1]) if key in state else 1 for key in reducers),
@@ -429,7 +458,7 @@ def fold_openmmlab_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def fill(model: Segformer, state: Mapping[str, Tensor], layout: Layout, url: str) -> None:
     """Copy every tensor into its place, or raise naming each that is missing or of another shape."""
-    missing, odd, filled = [], [], {}
+    missing, odd, filled, used = [], [], {}, set()
     for ours, parameter in model.state_dict().items():
         if ours.endswith("num_batches_tracked"):  # a counter of training, which some exporters leave out
             continue
@@ -437,17 +466,20 @@ def fill(model: Segformer, state: Mapping[str, Tensor], layout: Layout, url: str
         if source.key not in state:
             missing.append(source.key)
             continue
+        used.add(source.key)
         tensor = state[source.key]
         if source.parts > 1 and tensor.shape[0] == parameter.shape[0] * source.parts:
             tensor = tensor.chunk(source.parts)[source.part]
-        if tensor.dim() != parameter.dim() and tensor.shape[2:].numel() == 1:
+        if {tensor.dim(), parameter.dim()} == {2, 4} and tensor.shape[2:].numel() == parameter.shape[2:].numel() == 1:
             tensor = tensor.reshape(*tensor.shape[:2], *parameter.shape[2:])  # a 1x1 convolution is a linear map
         if tensor.shape != parameter.shape:
             odd.append(f"{source.key} {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
             continue
         filled[ours] = tensor
-    if missing or odd:
+    spare = [key for key in state if key not in used and layout.has(key) and not key.endswith("num_batches_tracked")]
+    if missing or odd or spare:
         complaints = [f"missing {some(missing)}"] if missing else []
+        complaints += [f"without a place {some(spare)}"] if spare else []
         complaints += [f"shape of {some(odd)}"] if odd else []
         raise CheckpointError(f"{url}: {layout.title} checkpoint does not fit its network; {'; '.join(complaints)}")
     model.load_state_dict(filled, strict=False)

@@ -7,7 +7,6 @@
 Resuming is listing what is there and doing the rest: a shard is never half there, and never there twice.
 """
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -130,23 +129,25 @@ def runs(output: Store) -> list[Run]:
     return [Run(output, name) for name in output.names("runs")]
 
 
-def unfinished(output: Store, origin: Origin) -> tuple[Run, Origin] | None:
-    """The run from the same input with the same model version that was begun and not completed, if there is one."""
+def unfinished(output: Store, origin: Origin) -> Run | None:
+    """The run that was begun from the same origin and not completed, if there is one."""
     for run in runs(output):
-        if "run.json" not in output.names(f"runs/{run.id}"):
-            planned = run.origin()
-            if planned and (planned.input, planned.model_version) == (origin.input, origin.model_version):
-                return run, planned
+        if "run.json" not in output.names(f"runs/{run.id}") and run.origin() == origin:
+            return run
     return None
 
 
-def completed(output: Store, model_version: str) -> pa.Table:
-    """(uri, etag) of every image that committed runs have a row for, with this model version."""
-    done = []
+def claimed(output: Store, model_version: str) -> tuple[pa.Table, list[Run]]:
+    """(uri, etag) of every image in the plan of a run with this model version, and those of the runs not completed.
+
+    Such an image has a row, or will have one when its run goes on: no other run may give it a second.
+    """
+    columns = pa.schema([PLAN_SCHEMA.field("uri"), PLAN_SCHEMA.field("etag")])
+    tables, open_runs = [columns.empty_table()], []
     for run in runs(output):
-        record = run.record()
-        if record and record["model_version"] == model_version:
-            plan = pq.read_table(io.BytesIO(output.read(run.plan_name)), columns=["uri", "etag"])
-            done.append(plan)
-    empty = pa.schema([PLAN_SCHEMA.field("uri"), PLAN_SCHEMA.field("etag")]).empty_table()
-    return pa.concat_tables([empty, *(table.cast(empty.schema) for table in done)])
+        origin = run.origin()
+        if origin and origin.model_version == model_version:
+            tables.append(run.open_plan().read(columns=columns.names).cast(columns))
+            if run.record() is None:
+                open_runs.append(run)
+    return pa.concat_tables(tables), open_runs

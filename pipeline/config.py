@@ -5,6 +5,8 @@ turns them into `--help`.
 """
 
 import difflib
+import os
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -40,10 +42,11 @@ class StorageSettings(BaseModel):
     @field_validator("storage_option", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        pairs = [str(item).partition("=")[::2] for item in value]
-        return dict(pairs)
+        """From the command line a list of KEY=VALUE, from a file a mapping; values are typed as YAML types them."""
+        pairs = dict(str(item).partition("=")[::2] for item in value) if isinstance(value, list) else value
+        if not isinstance(pairs, dict):
+            return pairs
+        return {key: yaml.safe_load(text) if isinstance(text, str) else text for key, text in pairs.items()}
 
     @field_validator("storage_option")
     @classmethod
@@ -76,10 +79,14 @@ class IndexSettings(StorageSettings):
 
     @field_validator("input", "output")
     @classmethod
-    def _not_empty(cls, value: str) -> str:
+    def _absolute(cls, value: str) -> str:
+        """A local path means the same on every machine of a cluster only if it is absolute."""
         if not value.strip():
             raise ValueError("must not be empty")
-        return value
+        protocol, _, rest = value.rpartition("://")
+        if protocol and re.match(r"[^/]*:[^/]*@", rest):
+            raise ValueError("credentials in a URL would be in every row; use the environment or --storage-option")
+        return value if protocol else os.path.abspath(value)
 
     @field_validator("requests")
     @classmethod
@@ -120,8 +127,8 @@ class PlanSettings(IndexSettings):
         return value if value is None else positive(value)
 
     def mask_settings(self) -> dict[str, Any]:
-        """The settings that change a mask: a part of `model_version`."""
-        return {"policy": self.policy}
+        """The settings that decide what becomes of an image: a part of `model_version`."""
+        return {"policy": self.policy, "max_pixels": self.max_pixels}
 
 
 class SegmentSettings(PlanSettings):
@@ -221,14 +228,19 @@ def complaint(kind: type[BaseModel], name: str, error: Any) -> str:
         case "missing":
             return f"{name} is missing; see --help"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{name}: {message[:1].lower()}{message[1:]} (got {error['input']!r})"
+    got = "" if "credential" in message or name == "storage_option" else f" (got {error['input']!r})"  # may be secret
+    return f"{name}: {message[:1].lower()}{message[1:]}{got}"
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The settings in a YAML file; keys may be written with - or _."""
+    """The settings in a YAML file; keys may be written with - or _.
+
+    Values stay text, as on the command line, and the settings give them their types: YAML 1.1 by itself would read
+    `workers: 1:8` as the number 68.
+    """
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+            values = yaml.load(file, Loader=yaml.BaseLoader)  # noqa: S506  (it makes text, lists and mappings)
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -237,4 +249,5 @@ def read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    named = {str(key).replace("-", "_"): value for key, value in values.items()}
+    return {key: value for key, value in named.items() if value not in ("", "~", "null")}

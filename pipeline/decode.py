@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")
@@ -19,7 +19,16 @@ SUFFIXES: tuple[str, ...] = (  # all that is an image by name
     *(".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpx"),
 )
 ORIENTATION = 0x0112  # the EXIF tag
-TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+TURNS = {  # what makes an image of each orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TURNED = (5, 6, 7, 8)  # those that swap width and height
 BACKGROUND = (255, 255, 255)  # behind transparent pixels
 
 Image.init()  # registers all of FORMATS; by itself Pillow begins with fewer
@@ -70,8 +79,9 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
             "too_large", f"{width}x{height} is {width * height:,} pixels, over --max-pixels {max_pixels:,}"
         )
     try:
-        upright = ImageOps.exif_transpose(image)
-        return np.array(to_rgb(upright))
+        image.load()
+        turn = TURNS.get(orientation(image))
+        return np.array(to_rgb(image.transpose(turn) if turn is not None else image))
     except Exception as error:  # Pillow documents no set of errors for damaged data, and raises almost all
         raise DecodeError("unreadable", f"the {image.format} data is damaged: {one_line(error)}") from None
 
@@ -102,7 +112,7 @@ def open_image(file: BinaryIO) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; 1 where there is none or the tag is broken. Never reads past the header."""
+    """EXIF orientation 1 to 8; 1 where there is none or the tag is broken. Never reads past what is read."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # it may follow the pixels, and Pillow would decode them to look
     try:

@@ -8,6 +8,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -18,10 +19,11 @@ import pyarrow.parquet as pq
 
 from pipeline.config import ConfigurationError, IndexSettings
 from pipeline.decode import SUFFIXES, DecodeError, read_header
-from pipeline.storage import Entry, Store, reason
+from pipeline.storage import ERRORS, Entry, Store, reason
 
 HEAD = 32 << 10  # bytes of the first read: enough for all but images with a large EXIF thumbnail or colour profile
 CHUNK = 2_048  # images between two progress reports
+PART_CHUNKS = 50  # chunks in one part of the index, about 100,000 images
 
 SCHEMA = pa.schema(
     [
@@ -66,13 +68,16 @@ def update_index(settings: IndexSettings, source: Store, output: Store, progress
     joined = listed.join(known.select(["uri", "etag", "format", "width", "height", "error"]), ["uri", "etag"])
     is_known = pc.or_(pc.is_valid(joined["width"]), pc.is_valid(joined["error"]))
     unknown = joined.filter(pc.invert(is_known)).sort_by("uri")
-    parts = []
-    for start in range(0, len(unknown), CHUNK):
-        progress(start, len(unknown))
-        parts.append(read_headers(source, unknown.slice(start, CHUNK), settings.requests))
+    parts: list[pa.Table] = []
+    try:
+        for start in range(0, len(unknown), CHUNK):
+            progress(start, len(unknown))
+            parts.append(read_headers(source, unknown.slice(start, CHUNK), settings.requests))
+            if start // CHUNK % PART_CHUNKS == PART_CHUNKS - 1:
+                add_part(output, parts[-PART_CHUNKS:])
+    finally:  # an index that is interrupted keeps what it has read
+        add_part(output, parts[len(parts) - len(parts) % PART_CHUNKS :])
     progress(len(unknown), len(unknown))
-    if parts:
-        add_part(output, pa.concat_tables(parts))
     images = pa.concat_tables([joined.filter(is_known).select(SCHEMA.names).cast(SCHEMA), *parts])
     return Index(images.sort_by("uri"), skipped, len(unknown))
 
@@ -92,11 +97,12 @@ def read_index(output: Store) -> pa.Table:
 
 def select(settings: IndexSettings, source: Store, output: Store, skipped: Counter[str]) -> Iterator[Entry]:
     """The entries that are images by name, or by the patterns; the others are counted in `skipped`."""
-    own = output.uri("").rstrip("/") + "/"  # an output inside its own collection is not a part of it
+    root = output.uri("").rstrip("/")  # an output inside its own collection is not a part of it
+    own = tuple(f"{root}/{folder}/" for folder in ("index", "runs", "segments"))
     for name, entry in source.listing():
         if entry is None or name.endswith("/"):
             if is_image_name(name.rstrip("/")):
-                skipped["a directory"] += 1
+                skipped["not a file"] += 1
         elif entry.uri.startswith(own):
             continue
         elif not is_utf8(entry.uri):
@@ -112,17 +118,31 @@ def select(settings: IndexSettings, source: Store, output: Store, skipped: Count
 
 
 def read_headers(source: Store, unknown: pa.Table, requests: int) -> pa.Table:
-    """Rows of SCHEMA for the images in `unknown` (uri, etag, bytes): one small read each, a second where needed."""
+    """Rows of SCHEMA for the images in `unknown` (uri, etag, bytes): one small read each, a second where needed.
+
+    Raises `ConfigurationError` when the store gives nothing at all, which no image can be blamed for.
+    """
     rows = unknown.select(["uri", "etag", "bytes"]).to_pylist()
-    heads = iter(source.heads([row["uri"] for row in rows if row["bytes"]], HEAD, requests))
+    filled = [row for row in rows if row["bytes"]]
+    heads = source.heads([row["uri"] for row in filled], HEAD, requests)
+    refused = [head for head in heads if isinstance(head, ERRORS) and not isinstance(head, FileNotFoundError)]
+    if refused and len(refused) == len(heads):
+        raise ConfigurationError(f"{source.url}: cannot be read: {reason(refused[0])}")
+    with ThreadPoolExecutor(requests) as pool:
+        found = pool.map(lambda row, head: describe(source, row["uri"], row["bytes"], head), filled, heads)
+        for row, description in zip(filled, found, strict=True):
+            row.update(description)
     for row in rows:
-        head = next(heads) if row["bytes"] else b""
-        row.update(describe(source, row["uri"], row["bytes"], head))
+        if not row["bytes"]:
+            row["error"] = "the file is empty (0 bytes)"
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def describe(source: Store, uri: str, size: int, head: bytes | BaseException) -> dict[str, str | int | None]:
-    """Format and size of one image from its first bytes, or why there are none."""
+def describe(source: Store, uri: str, size: int, head: bytes | BaseException) -> dict[str, str | int]:
+    """Format and size of one image from its first bytes, or why there are none.
+
+    Nothing where the store failed: the worker will try again and give the image its row.
+    """
     try:
         if isinstance(head, BaseException):
             raise head
@@ -134,16 +154,18 @@ def describe(source: Store, uri: str, size: int, head: bytes | BaseException) ->
             with source.open(uri) as file:
                 header = read_header(file)
     except DecodeError as error:
-        return {"error": str(error) if size else "the file is empty (0 bytes)"}
-    except (FileNotFoundError, PermissionError) as error:
-        return {"error": reason(error)}
-    except OSError as error:
-        raise ConfigurationError(f"{uri}: cannot be read: {reason(error)}; run again to go on") from None
+        return {"error": str(error)}
+    except ERRORS:
+        return {}
     return {"format": header.format, "width": header.width, "height": header.height}
 
 
-def add_part(output: Store, table: pa.Table) -> None:
-    """Write one more part under the next free number; another writer's part is never replaced."""
+def add_part(output: Store, tables: list[pa.Table]) -> None:
+    """Keep what is known about some images in one more part; another writer's part is never replaced."""
+    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    table = table.filter(pc.or_(pc.is_valid(table["width"]), pc.is_valid(table["error"])))
+    if not len(table):
+        return
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
     number = len(output.names("index"))

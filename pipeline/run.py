@@ -4,15 +4,17 @@ What happens to an image? `prepare` finds it and puts it into a shard, `segment_
 `commit` says that all shards are there.
 """
 
+import contextlib
 import logging
 import os
 import platform
+import secrets
 import socket
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +26,7 @@ import ray.exceptions
 
 from model.checkpoint import Checkpoint, load_checkpoint, model_version
 from pipeline import schema
-from pipeline.commit import Run, Totals, add, completed, unfinished
+from pipeline.commit import Run, Totals, add, claimed, unfinished
 from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings, worker_range
 from pipeline.index import Index, summary, update_index
 from pipeline.metrics import start_hub
@@ -72,7 +74,8 @@ def segment(settings: SegmentSettings, listener: Listener) -> Result:
     output = Store(settings.output, settings)
     output.check_writable()
     version = model_version(checkpoint.digest, settings.mask_settings())
-    origin = Origin(public_url(settings.input), settings.include, settings.exclude, version)
+    source = public_url(Store(settings.input, settings).uri(""))
+    origin = Origin(source, settings.include, settings.exclude, version)
     run = find_run(settings, output, origin, listener)
     if record := run.record():
         listener.say(f"run {run.id} is complete: {record['images']:,} images, nothing to do")
@@ -81,9 +84,9 @@ def segment(settings: SegmentSettings, listener: Listener) -> Result:
     if not total:
         listener.say("nothing new: every image has a row from this model version")
         return Result(None, is_new=False)
-    started = time.time()
+    started, before = time.time(), len(run.done())
     segment_shards(settings, checkpoint, run, origin.model_version, total, listener)
-    return Result(commit(settings, checkpoint, run, origin, started), is_new=True)
+    return Result(commit(settings, checkpoint, run, origin, started, before), is_new=True)
 
 
 def read_checkpoint(settings: PlanSettings) -> Checkpoint:
@@ -91,37 +94,37 @@ def read_checkpoint(settings: PlanSettings) -> Checkpoint:
 
 
 def find_run(settings: SegmentSettings, output: Store, origin: Origin, listener: Listener) -> Run:
-    """The run to do: the one asked for, the unfinished one, or a new one.
+    """The run to do: the one asked for, the unfinished one of the same origin, or a new one."""
+    if settings.run_id:
+        run = Run(output, settings.run_id)
+        check_origin(run, origin)
+        return run
+    if found := unfinished(output, origin):
+        listener.say(f"run {found.id} was not finished, so it goes on")
+        return found
+    return Run(output, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}")
 
-    Two unfinished runs over one input would give an image two rows, so the first has to end before another begins.
-    """
-    found = unfinished(output, origin)
-    run = Run(output, settings.run_id or (found[0].id if found else datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")))
+
+def check_origin(run: Run, origin: Origin) -> None:
+    """Raise `ConfigurationError` when the run has a plan that was made from something else."""
     planned = run.origin()
     if planned and planned != origin:
         differing = [f"{key} {value!r}" for key, value in vars(planned).items() if value != getattr(origin, key)]
         raise ConfigurationError(
             f"run {run.id} was planned with {', '.join(differing)}; use the same again, or another --run-id"
         )
-    if found and found[0].id != run.id:
-        other = found[0]
-        raise ConfigurationError(
-            f"run {other.id} of this input is not finished; finish it with --run-id {other.id}, "
-            f"or remove {output.url}/runs/{other.id} and {output.url}/{other.folder}"
-        )
-    if found:
-        listener.say(f"run {run.id} was not finished, so it goes on")
-    return run
 
 
 def prepare(settings: PlanSettings, run: Run, origin: Origin, listener: Listener) -> int:
     """Make sure that the run has a plan; how many images it holds. An existing plan is kept as it is."""
-    if run.origin():
-        return run.open_plan().metadata.num_rows
-    _, plan = index_and_plan(settings, run.store, origin.model_version, listener)
-    if len(plan):
-        run.begin(plan, origin)
-    return len(plan)
+    if not run.origin():
+        _, plan = index_and_plan(settings, run.store, origin.model_version, listener)
+        if not len(plan):
+            return 0
+        with contextlib.suppress(FileExistsError):  # another driver's plan, or our own after a lost reply
+            run.begin(plan, origin)
+        check_origin(run, origin)
+    return run.open_plan().metadata.num_rows
 
 
 def index_and_plan(settings: PlanSettings, output: Store, version: str, listener: Listener) -> tuple[Index, Any]:
@@ -129,12 +132,15 @@ def index_and_plan(settings: PlanSettings, output: Store, version: str, listener
     source = Store(settings.input, settings)
     listener.say(f"listing {source.url}")
     index = update_index(settings, source, output, listener.indexing)
-    new = without(index.images, completed(output, version))
+    taken, open_runs = claimed(output, version)
+    new = without(index.images, taken)
     done = len(index.images) - len(new)
     listener.say(
         f"{len(index.images):,} images{summary(index.skipped)}, {index.opened:,} headers read"
-        + (f", {done:,} done before" if done else "")
+        + (f", {done:,} in earlier runs" if done else "")
     )
+    for run in open_runs:
+        listener.say(f"run {run.id} has images of its own and is not finished; finish it with its settings")
     return index, make_plan(new, parse_policy(settings.policy), settings.shard_images)
 
 
@@ -203,9 +209,12 @@ def failed_shards(results: ray.data.Dataset) -> list[str]:
 
 
 def commit(
-    settings: SegmentSettings, checkpoint: Checkpoint, run: Run, origin: Origin, started: float
+    settings: SegmentSettings, checkpoint: Checkpoint, run: Run, origin: Origin, started: float, before: int
 ) -> dict[str, Any]:
-    """Write the run record: every shard is there, and this is what they hold."""
+    """Write the run record: every shard is there, and this is what they hold.
+
+    `seconds` are those of the last stretch, since `started`; `before` it that many shards were there.
+    """
     shards = run.done()
     totals: Totals = add(run.totals(shards))
     finished = time.time()
@@ -221,6 +230,7 @@ def commit(
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "finished": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
         "seconds": round(finished - started, 3),
+        "shards_done_before": before,
         **asdict(totals),
         "files": [run.shard_name(shard) for shard in shards],
         "versions": {"python": platform.python_version()}
@@ -262,16 +272,22 @@ def ray_address(settings: SegmentSettings) -> str | None:
     return settings.ray_address or os.environ.get("RAY_ADDRESS")
 
 
-@contextmanager
+@contextlib.contextmanager
 def ray_session(settings: SegmentSettings) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray that ends with the block; quiet, as the listener speaks."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns of its own way to start pools of actors
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address := ray_address(settings):
-        ray.init(address=address, **quiet)
+        try:
+            with silence():
+                ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigurationError(f"no Ray cluster at {address} ({reason}); see --ray-address") from None
     else:  # one CPU more than there are, so that Ray's own tasks have a place beside the workers
-        ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, **quiet)
+        with silence():
+            ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, **quiet)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -281,6 +297,20 @@ def ray_session(settings: SegmentSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Drop what native code writes to standard error: Ray announces there that it was told to be quiet."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @dataclass(frozen=True)
@@ -303,8 +333,11 @@ def size_workers(settings: SegmentSettings, shards: int) -> Workers:
     resources = ray.cluster_resources()
     cluster_cpus, cluster_gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0)
     gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(cluster_gpus > 0)
-    cpus = settings.cpus_per_worker or max(1, min(4, cluster_cpus - 1))
-    room = max(1, int(cluster_gpus / gpus) if gpus else (cluster_cpus - 1) // cpus)  # one CPU is left for Ray itself
+    free = max(1, cluster_cpus - 1)  # one CPU is left for Ray itself
+    smallest = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    share = free // max(1, int(cluster_gpus / gpus)) if gpus else free
+    cpus = settings.cpus_per_worker or max(1, min(4, smallest, share))
+    room = max(1, int(cluster_gpus / gpus) if gpus else free // cpus)
     least, most = worker_range(settings.workers) or (room, room)
     return Workers(min(least, shards), min(most, shards), cpus, gpus)
 
@@ -315,7 +348,7 @@ def serve_metrics(settings: SegmentSettings, hub: Any) -> str:
     return f"http://{settings.metrics_host}:{port}/metrics"
 
 
-@contextmanager
+@contextlib.contextmanager
 def watching(hub: Any, images: int, listener: Listener) -> Iterator[None]:
     """Tell the listener twice a second how far the workers are, and once more at the end."""
     ended = threading.Event()

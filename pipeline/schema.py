@@ -57,7 +57,6 @@ class Outcome:
 
     status: str
     error: str | None = None
-    format: str | None = None
     width: int | None = None
     height: int | None = None
     bucket: str | None = None
@@ -72,7 +71,7 @@ def row(image: PlannedImage, outcome: Outcome, labels: LabelSet, model_version: 
         "uri": image.uri,
         "etag": image.etag,
         "bytes": image.bytes,
-        "format": outcome.format or image.format,
+        "format": image.format,
         "width": outcome.width or image.width,
         "height": outcome.height or image.height,
         "bucket": outcome.bucket,

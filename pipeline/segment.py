@@ -30,11 +30,12 @@ from pipeline.masks import encode_mask
 from pipeline.plan import PlannedImage, batch_size, planned_images
 from pipeline.policy import parse_policy
 from pipeline.schema import SUMMARY_KEY, Outcome, encode_shard, row
-from pipeline.storage import Store, reason
+from pipeline.storage import CREDENTIALS, ERRORS, Store, error_code, reason
 
 T = TypeVar("T")
 U = TypeVar("U")
 FETCH_ATTEMPTS = 3
+PROBES = 5  # objects that are tried when none of a shard could be read
 REPORT_EVERY = 0.5  # seconds between two words to the hub
 
 
@@ -56,6 +57,7 @@ class Loaded:
     number: int
     outcome: Outcome
     pixels: np.ndarray | None = None  # uint8 (H, W, 3) at the bucket's size
+    failure: BaseException | None = None  # of the store, when it is to blame
 
 
 class Segmenter:
@@ -84,7 +86,7 @@ class Segmenter:
         errors: list[str | None] = []
         for shard in batch["shard"].to_pylist():
             try:
-                self.hub.finish.remote(shard, self.finish_shard(shard))
+                ray.get(self.hub.finish.remote(shard, self.finish_shard(shard)))
                 errors.append(None)
             except Exception as error:  # whatever it is, the other shards go on and the driver says so
                 logging.exception("shard %d failed", shard)
@@ -131,8 +133,8 @@ class Segmenter:
                 raise DecodeError("too_large", f"{image.width}x{image.height} is over --max-pixels {limit:,}")
             with clock.time("fetch"):
                 data = self.fetch(image.uri)
-            if len(data) != image.bytes:
-                raise DecodeError("changed", f"{len(data)} bytes, {image.bytes} when it was indexed; index it again")
+            if len(data) != image.bytes or (self.source.local_etag(image.uri) or image.etag) != image.etag:
+                raise DecodeError("changed", "the object is another one than was indexed; run again")
             with self.decoding, clock.time("decode"):
                 pixels = decode(data, limit)
                 height, width = pixels.shape[:2]
@@ -142,30 +144,38 @@ class Segmenter:
             return Loaded(number, Outcome(error.status, str(error)))
         except FileNotFoundError:
             return Loaded(number, Outcome("missing", "the object is gone since it was indexed"))
-        except PermissionError as error:
-            return Loaded(number, Outcome("failed", reason(error)))
+        except ERRORS as error:
+            if error_code(error) in CREDENTIALS:
+                raise
+            return Loaded(number, Outcome("failed", reason(error)), failure=error)
         bucket = f"{bucket_h}x{bucket_w}"
         return Loaded(number, Outcome("ok", width=width, height=height, bucket=bucket), scaled)
 
     def fetch(self, uri: str) -> bytes:
-        """The object's bytes; a store that fails is asked again, then the error is the shard's."""
-        for attempt in range(FETCH_ATTEMPTS):
+        """The object's bytes; a store that fails is asked again."""
+        for attempt in range(FETCH_ATTEMPTS - 1):
             try:
                 return self.source.fetch(uri)
             except (FileNotFoundError, PermissionError):
                 raise
-            except OSError:
-                if attempt + 1 == FETCH_ATTEMPTS:
-                    raise
+            except ERRORS:
                 time.sleep(2**attempt)
-        raise AssertionError("unreachable")
+        return self.source.fetch(uri)
+
+    def store_answers(self) -> bool:
+        """Whether any of a few objects from all over the plan can be read."""
+        groups = self.plan.num_row_groups
+        probes = [self.plan.read_row_group(groups * part // PROBES)["uri"][0].as_py() for part in range(PROBES)]
+        return any(isinstance(head, bytes) for head in self.source.heads(probes, 1, PROBES))
 
     def predict(
         self, loaded: Iterable[Loaded], clock: "Stopwatch"
     ) -> Iterator[tuple[int, Outcome, Segmentation | None]]:
         """Run the network over batches of one size; what has no pixels passes through."""
         waiting: dict[tuple[int, int], list[Loaded]] = {}
+        failure, fetched = None, False
         for item in loaded:
+            failure, fetched = item.failure or failure, fetched or item.failure is None
             if item.pixels is None:
                 yield item.number, item.outcome, None
                 continue
@@ -176,6 +186,8 @@ class Segmenter:
                 yield from self.predict_batch(waiting.pop(size), clock)
         for batch in waiting.values():
             yield from self.predict_batch(batch, clock)
+        if failure and not fetched and not self.store_answers():  # one object can be at fault, all of them cannot
+            raise failure
 
     def predict_batch(self, batch: list[Loaded], clock: "Stopwatch") -> Iterator[tuple[int, Outcome, Segmentation]]:
         sizes = [(item.outcome.height or 0, item.outcome.width or 0) for item in batch]

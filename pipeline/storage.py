@@ -5,13 +5,14 @@ first of its name is put with a condition that the store itself checks.
 """
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit, urlunsplit
 
+import aiohttp
 import fsspec
 import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
@@ -28,6 +29,8 @@ S3_OPTIONS: dict[str, Any] = {
     "request_checksum_calculation": "when_required",  # servers other than AWS refuse botocore's newer default
     "response_checksum_validation": "when_required",
 }
+ERRORS = (OSError, BotoCoreError, ClientError, aiohttp.ClientError, TimeoutError)  # what a store that fails raises
+CREDENTIALS = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch")
 SINGLE_PUT = 4 << 30  # bytes: below this an object is put in one request, which S3 makes atomic
 
 
@@ -61,7 +64,7 @@ class Store:
         return self.filesystem.unstrip_protocol(self.path(name))
 
     def listing(self) -> Iterator[tuple[str, Entry | None]]:
-        """Every object below the root as (name, entry), in order; a directory has no entry, and its name ends in /.
+        """Every object below the root as (name, entry), in order; what is no file has no entry, and a name ending in /.
 
         Raises `ConfigurationError` when the root does not exist or may not be listed.
         """
@@ -69,16 +72,20 @@ class Store:
             found = self.filesystem.find(self.root, withdirs=self.is_local, detail=True)
             if not found and not self.filesystem.exists(self.root):
                 raise FileNotFoundError
-        except (OSError, BotoCoreError, ClientError) as error:
+        except (*ERRORS, ValueError) as error:
             raise ConfigurationError(f"{self.url}: cannot be listed: {reason(error)}") from None
         for path, info in sorted(found.items()):
             name = path[len(self.root) :].lstrip("/") or path.rpartition("/")[2]
-            if info["type"] == "directory":
-                if path != self.root:
-                    yield f"{name}/", None
+            if path == self.root and info["type"] == "directory":
+                continue
+            if info["type"] != "file":  # also a pipe or a socket, which would never end
+                yield f"{name}/", None
+            elif info.get("size") is None:
+                raise ConfigurationError(
+                    f"{self.url}: this kind of store does not tell the size of its files; copy them"
+                )
             else:
-                uri = self.filesystem.unstrip_protocol(path)
-                yield name, Entry(uri, etag_of(info), int(info.get("size") or 0))
+                yield name, Entry(self.filesystem.unstrip_protocol(path), etag_of(info), int(info["size"]))
 
     def heads(self, uris: Sequence[str], length: int, requests: int) -> list[bytes | BaseException]:
         """The first `length` bytes of each object, or the error that came instead."""
@@ -92,8 +99,12 @@ class Store:
         return self.filesystem.open(self.filesystem._strip_protocol(uri), "rb", block_size=256 << 10)
 
     def fetch(self, uri: str) -> bytes:
-        """All bytes of an object. Raises FileNotFoundError, PermissionError or another OSError."""
+        """All bytes of an object. Raises FileNotFoundError or another of `ERRORS`."""
         return self.filesystem.cat_file(self.filesystem._strip_protocol(uri))
+
+    def local_etag(self, uri: str) -> str | None:
+        """A local file's etag as it is now; None in a store, where asking is one more request for each image."""
+        return etag_of(self.filesystem.info(self.filesystem._strip_protocol(uri))) if self.is_local else None
 
     def read(self, name: str) -> bytes:
         """All bytes of the object `name`. Raises FileNotFoundError."""
@@ -105,7 +116,7 @@ class Store:
             entries = self.filesystem.ls(self.path(folder), detail=False, refresh=True)
         except FileNotFoundError:
             return []
-        except (OSError, BotoCoreError, ClientError) as error:
+        except ERRORS as error:
             raise ConfigurationError(f"{self.url}: cannot be listed: {reason(error)}") from None
         return sorted(filter(None, (entry.rstrip("/").rpartition("/")[2] for entry in entries)))
 
@@ -130,7 +141,7 @@ class Store:
             self.put(name, b"")
             with contextlib.suppress(OSError):  # to put is all that a run needs
                 self.filesystem.rm_file(self.path(name))
-        except (OSError, BotoCoreError, ClientError, NotImplementedError) as error:
+        except (*ERRORS, ValueError, NotImplementedError) as error:
             raise ConfigurationError(f"{self.url}: cannot be written: {reason(error)}") from None
 
     def arrow(self) -> pyarrow.fs.FileSystem:
@@ -149,7 +160,10 @@ class Store:
 def put_local(path: str, data: bytes, only_new: bool) -> None:
     """Write beside `path`, sync, then give it its name in one step that the file system makes atomic."""
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError:  # which is to mean that `path` exists, not that a folder's name is a file's
+        raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder should be", folder) from None
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
@@ -196,14 +210,14 @@ def etag_of(info: Mapping[str, Any]) -> str:
 
 
 def public_url(url: str) -> str:
-    """`url` without what may be secret: user, password, query."""
-    if "://" not in url:
+    """`url` without what may be secret: a password, the query of a web address."""
+    protocol, _, rest = url.rpartition("://")
+    if not protocol:
         return url
-    protocol, _, rest = url.partition("://")
-    if protocol not in ("http", "https"):
-        return f"{protocol}://{rest.rpartition('@')[2]}" if "@" in rest.partition("/")[0] else url
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    host, slash, path = rest.partition("/")
+    if protocol in ("http", "https"):
+        path = path.partition("?")[0]
+    return f"{protocol}://{host.rpartition('@')[2] if ':' in host.partition('@')[0] else host}{slash}{path}"
 
 
 def reason(error: BaseException) -> str:

@@ -27,9 +27,16 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     if missing_programs():
         install_s3_server()
     with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        patch.delenv("AWS_SESSION_TOKEN", raising=False)
         for name, value in server.environment().items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(autouse=True)
+def a_ray_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test ever runs on the cluster of whoever runs it."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
 def install_s3_server() -> None:
@@ -40,7 +47,7 @@ def install_s3_server() -> None:
         pytest.skip(why)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
-        subprocess.run(["apt-get", *command], check=True, env=environment, capture_output=True)
+        subprocess.run(["apt-get", *command], check=True, env=environment)
 
 
 @pytest.fixture

@@ -220,6 +220,32 @@ def test_a_missing_key_is_named(tmp_path):
     assert "segformer.encoder.block.1.0.mlp.dense1.weight" in complaint(tmp_path)
 
 
+def test_a_block_that_is_missing_whole_is_not_taken_for_a_smaller_network(tmp_path):
+    tensors = {key: tensor for key, tensor in saved(tmp_path).items() if "block.3.1." not in key}
+    path = tmp_path / "alone" / "model.safetensors"
+    path.parent.mkdir()
+    safetensors.torch.save_file(tensors, path)
+    assert "(2, 2, 2, 1) blocks" in complaint(path)
+
+
+def test_a_preprocessor_that_makes_no_sense_is_refused(tmp_path):
+    saved(tmp_path)
+    for values in (
+        {"image_mean": 0.5},
+        {"image_mean": [0.5]},
+        {"image_std": [0, 0, 0]},
+        {"image_std": ["a", "b", "c"]},
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+        assert complaint(tmp_path)
+
+
+def test_the_secret_of_a_signed_address_is_not_repeated():
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint("http://127.0.0.1:1/model.safetensors?signature=TOPSECRET")
+    assert "TOPSECRET" not in str(caught.value)
+
+
 def test_an_odd_shape_is_named_with_what_was_expected(tmp_path):
     tensors = saved(tmp_path)
     tensors["decode_head.classifier.weight"] = torch.zeros(7, 256, 1, 1)
@@ -274,6 +300,12 @@ def test_a_broken_or_foreign_config_is_refused(tmp_path):
         (json.dumps(good | {"depths": "many"}), "does not describe"),
         (json.dumps(good | {"depths": [2, 2]}), "unequal lengths"),
         (json.dumps(good | {"hidden_sizes": [32, 64, 160, 512]}), "expected"),
+        (json.dumps(good | {"depths": [2, 2, 2, 1]}), "without a place segformer.encoder.block.3.1."),
+        (json.dumps(good | {"num_attention_heads": [3, 3, 3, 3]}), "do not divide"),
+        (json.dumps(good | {"hidden_sizes": [-32, 64, 160, 256]}), "do not fit together"),
+        (json.dumps(good | {"id2label": ["a"]}), "expected (1, 256, 1, 1)"),
+        (json.dumps({"num_labels": "many"}), "do not fit together"),
+        (json.dumps(good | {"palette": [1, 2, 3, 4, 5]}), "do not fit together"),
     ]:
         config.write_text(text)
         assert expected in complaint(tmp_path)

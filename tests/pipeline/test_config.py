@@ -46,6 +46,18 @@ def test_a_missing_setting_is_named():
         build(SegmentSettings, {"input": "in", "output": "out"})
 
 
+def test_nothing_that_may_be_secret_is_repeated():
+    assert "TOPSECRET" not in complaint(storage_option=["s3.secret=TOPSECRET", "oops"])
+    assert "TOPSECRET" not in complaint(input="http://me:TOPSECRET@host/photos")
+
+
+def test_local_paths_are_absolute_and_urls_stay_as_they_are(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    settings = build(SegmentSettings, GOOD | {"input": "photos", "output": "s3://b/./x"})
+    assert settings.input == str(tmp_path / "photos")
+    assert settings.output == "s3://b/./x"
+
+
 def test_worker_ranges():
     assert worker_range("3") == (3, 3)
     assert worker_range("1:8") == (1, 8)
@@ -64,7 +76,11 @@ def test_a_file_that_is_no_settings_is_refused(tmp_path, text, expected):
 
 def test_yaml_keys_may_be_written_as_options_are(tmp_path):
     path = tmp_path / "settings.yaml"
-    path.write_text("shard-images: 7\nstorage_option: {gs.token: anon}\n")
+    options = "storage_option: {gs.token: anon, s3.anon: false}\n"
+    path.write_text(f"shard-images: 7\nworkers: 1:8\nanonymous: true\nrun_id: null\n{options}")
     settings = build(SegmentSettings, GOOD | read_yaml(str(path)))
-    assert settings.shard_images == 7
-    assert settings.storage_option == {"gs.token": "anon"}
+    assert (settings.shard_images, settings.workers, settings.anonymous) == (7, "1:8", True)
+    assert settings.run_id is None
+    assert settings.storage_option == {"gs.token": "anon", "s3.anon": False}
+    typed = build(SegmentSettings, GOOD | {"storage_option": ["s3.anon=false", "s3.default_block_size=5242880"]})
+    assert typed.storage_option == {"s3.anon": False, "s3.default_block_size": 5242880}

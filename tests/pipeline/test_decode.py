@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -49,6 +50,15 @@ def test_every_exif_orientation_is_turned_upright(orientation):
     jpeg = encoded(Image.fromarray(PIXELS), "JPEG", exif=exif)
     header = read_header(io.BytesIO(jpeg))
     assert (header.height, header.width) == upright.shape[:2] == decode(jpeg, LIMIT).shape[:2]
+
+
+def test_a_broken_exif_tag_loses_no_image():
+    """The resolution is a text here; the orientation beside it still counts."""
+    entries = struct.pack("<HHHII", 2, 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 4, b"odd\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + bytes(4)
+    jpeg = encoded(Image.fromarray(PIXELS), "JPEG", exif=exif)
+    header = read_header(io.BytesIO(jpeg))
+    assert (header.height, header.width) == decode(jpeg, LIMIT).shape[:2] == (53, 37)
 
 
 def test_16_bit_samples_are_scaled_and_not_clipped():

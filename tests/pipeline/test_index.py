@@ -1,20 +1,22 @@
 """The index knows every image by its header, skips what is none, and reads nothing twice."""
 
+import os
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import index
 from pipeline.config import ConfigurationError, IndexSettings
 from pipeline.index import Index, read_index, update_index
 from pipeline.storage import Store
 from tests.conftest import draw_image, spoil
 
 
-def update(source, output, **options: object) -> Index:
+def update(source, output, progress=lambda *_: None, **options: object) -> Index:
     settings = IndexSettings(input=str(source), output=str(output), **options)
-    return update_index(settings, Store(str(source), settings), Store(str(output), settings), lambda *_: None)
+    return update_index(settings, Store(str(source), settings), Store(str(output), settings), progress)
 
 
 def test_sizes_and_formats_come_from_headers(collection, tmp_path):
@@ -28,9 +30,9 @@ def test_sizes_and_formats_come_from_headers(collection, tmp_path):
 
 def test_what_is_no_image_by_name_is_counted_and_what_is_broken_has_a_reason(collection, tmp_path):
     spoil(collection)
-    index = update(collection, tmp_path / "out")
-    assert index.skipped == Counter({".txt": 1, "a directory": 1})
-    broken = {row["uri"].rpartition("/")[2]: row["error"] for row in index.images.to_pylist() if row["error"]}
+    found = update(collection, tmp_path / "out")
+    assert found.skipped == Counter({".txt": 1, "not a file": 1})
+    broken = {row["uri"].rpartition("/")[2]: row["error"] for row in found.images.to_pylist() if row["error"]}
     assert "empty" in broken.pop("empty.jpg")
     assert "not an image" in broken.pop("text.jpg")
     assert broken == {}  # a truncated file has a whole header
@@ -51,16 +53,38 @@ def test_only_new_and_changed_images_are_opened(collection, tmp_path):
     assert len(read_index(Store(str(tmp_path / "out"), settings))) == 14  # every version ever seen
 
 
+def test_an_index_that_is_interrupted_keeps_what_it_has_read(collection, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "CHUNK", 2)
+    monkeypatch.setattr(index, "PART_CHUNKS", 3)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        update(collection, tmp_path / "out", progress=interrupt)
+    again = update(collection, tmp_path / "out")
+    assert (again.opened, len(again.images)) == (2, 12)
+
+
+def test_what_would_never_end_is_no_image(collection, tmp_path):
+    os.mkfifo(collection / "pipe.jpg")
+    (collection / "loop.jpg").symlink_to(collection / "loop.jpg")
+    found = update(collection, tmp_path / "out")
+    assert len(found.images) == 12
+    assert found.skipped["not a file"] == 2
+
+
 def test_patterns_choose_by_name(collection, tmp_path):
     (collection / "raw").mkdir()
     (collection / "part 0/image-00.jpg").rename(collection / "raw/0001")
-    index = update(collection, tmp_path / "out", include="raw/*")
-    assert [row["uri"].rpartition("/")[2] for row in index.images.to_pylist()] == ["0001"]
+    found = update(collection, tmp_path / "out", include="raw/*")
+    assert [row["uri"].rpartition("/")[2] for row in found.images.to_pylist()] == ["0001"]
     assert len(update(collection, tmp_path / "out", exclude=["part 1/*", "*.bmp"]).images) == 5
 
 
 def test_an_output_inside_its_collection_is_not_part_of_it(collection):
-    draw_image(collection / "out/preview.png", 9, 9)
+    draw_image(collection / "out/segments/preview.png", 9, 9)
     assert len(update(collection, collection / "out").images) == 12
 
 

@@ -206,10 +206,13 @@ def test_a_run_that_was_killed_goes_on_where_it_was(collection, checkpoint, tmp_
     assert kept
     assert not list(output.glob("runs/*/run.json"))
 
-    with pytest.raises(ConfigurationError, match="is not finished; finish it with --run-id"):
-        run(collection, output, checkpoint, policy="short=256", run_id="other")
-    with pytest.raises(ConfigurationError, match="was planned with include"):
-        run(collection, output, checkpoint, policy="short=256", include=["more/*"])
+    watcher = Watcher()
+    draw_image(collection / "new.png", 640, 480, seed=100)
+    beside = run(f"{collection}/../collection/", output, checkpoint, watcher, policy="short=256", run_id="beside")
+    assert beside.record["images"] == 1  # the others belong to the run that was killed
+    assert any("is not finished" in line for line in watcher.lines)
+    with pytest.raises(ConfigurationError, match=r"was planned with include \(\)"):
+        run(collection, output, checkpoint, policy="short=256", include=["more/*"], run_id=killed_run(output))
 
     watcher = Watcher()
     result = run(collection, output, checkpoint, watcher, policy="short=256")
@@ -217,8 +220,37 @@ def test_a_run_that_was_killed_goes_on_where_it_was(collection, checkpoint, tmp_
     assert result.record["images"] == 72
     assert watcher.metric('swath_images_total{status="ok"}') == 72
     uris = [row["uri"] for row in rows_of(output)]
-    assert len(uris) == len(set(uris)) == 72
+    assert len(uris) == len(set(uris)) == 73
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def killed_run(output: Path) -> str:
+    return next(path.parent.name for path in output.glob("runs/*/plan.parquet") if path.parent.name != "beside")
+
+
+def test_an_object_that_cannot_be_read_is_a_row_and_a_store_that_cannot_is_not(bucket, collection, checkpoint, s3):
+    """The store's own policy refuses to give all objects, then one of them."""
+    filesystem = fsspec.filesystem("s3")
+    filesystem.put(f"{collection}/part 0/", f"{bucket}/photos/", recursive=True)
+
+    class Vandal(Watcher):
+        """Denies objects when the plan is made and the workers are about to begin."""
+
+        def __init__(self, denied: str) -> None:
+            super().__init__()
+            self.denied = f"arn:aws:s3:::{bucket.removeprefix('s3://')}/photos/{denied}"
+
+        def say(self, text: str) -> None:
+            super().say(text)
+            if "metrics" in text:
+                policy = {"Effect": "Deny", "Principal": "*", "Action": "s3:GetObject", "Resource": self.denied}
+                document = json.dumps({"Version": "2012-10-17", "Statement": [policy]})
+                filesystem.call_s3("put_bucket_policy", Bucket=bucket.removeprefix("s3://"), Policy=document)
+
+    with pytest.raises(IncompleteRunError, match="access denied"):
+        run(f"{bucket}/photos", f"{bucket}/out", checkpoint, Vandal("*"))
+    result = run(f"{bucket}/photos", f"{bucket}/out", checkpoint, Vandal("image-03.bmp"))
+    assert result.record["statuses"] == {"ok": 3, "failed": 1}
 
 
 def test_a_worker_that_is_killed_costs_nothing_but_time(collection, checkpoint, tmp_path):
@@ -267,13 +299,15 @@ def test_an_image_that_changes_goes_or_is_too_large_has_a_row_that_says_so(colle
             if "headers read" in text:
                 (collection / "part 0/image-00.jpg").unlink()
                 draw_image(collection / "part 1/image-01.png", 48, 64, seed=99)
+                draw_image(collection / "part 1/image-07.bmp", 101, 37, seed=99)  # of the same length
 
     result = run(collection, tmp_path / "out", checkpoint, Vandal(), max_pixels=100 * 100)
     rows = {row["uri"].rpartition("/")[2]: row for row in rows_of(tmp_path / "out")}
     assert rows["image-00.jpg"]["status"] == "missing"
     assert rows["image-01.png"]["status"] == "changed"
     assert [row["status"] for row in rows.values() if row["width"] == 128] == ["too_large"] * 2
-    assert result.record["statuses"] == {"ok": 8, "missing": 1, "changed": 1, "too_large": 2}
+    assert rows["image-07.bmp"]["status"] == "changed"
+    assert result.record["statuses"] == {"ok": 7, "missing": 1, "changed": 2, "too_large": 2}
 
 
 def test_the_files_say_what_is_in_them(collection, checkpoint, tmp_path):
@@ -313,7 +347,9 @@ def test_a_store_that_fails_leaves_a_run_that_can_go_on(collection, checkpoint, 
                 (tmp_path / "out/segments").mkdir()
                 (tmp_path / "out/segments/run=r").touch()
 
-    with pytest.raises(IncompleteRunError, match=r"5 of 5 shards .* File exists.*run the same command again"):
+    with pytest.raises(
+        IncompleteRunError, match=r"5 of 5 shards .* a file is where a folder should be.*run the same command again"
+    ):
         run(collection, tmp_path / "out", checkpoint, Blocker(), run_id="r")
     (tmp_path / "out/segments/run=r").unlink()
     assert run(collection, tmp_path / "out", checkpoint).record["images"] == 12

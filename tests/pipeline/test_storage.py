@@ -93,6 +93,9 @@ def test_what_cannot_be_reached_is_one_line_with_the_reason(s3, monkeypatch, tmp
     assert "no such" in complaint(lambda: list(Store(str(tmp_path / "none"), SETTINGS).listing()))
     assert "cannot be opened" in complaint(lambda: Store("nix://x", SETTINGS))
     (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        Store(str(tmp_path), SETTINGS).put("file/x", b"", only_new=True)
+    assert "Cannot traverse" in complaint(lambda: list(Store("s3://", SETTINGS).listing()))
     assert "cannot be written" in complaint(Store(str(tmp_path / "file"), SETTINGS).check_writable)
     dead = Store("s3://b/x", StorageSettings(endpoint_url="http://127.0.0.1:1"))
     assert "127.0.0.1:1" in complaint(lambda: list(dead.listing()))
