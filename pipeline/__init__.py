@@ -1,4 +1,4 @@
 """The road of the data, from a collection of images to a Parquet table; its files read in this order:
 
-config, policy, storage, index, plan, decode, segment, masks, schema, commit, metrics, run.
+config, policy, storage, index, plan, decode, segment, masks, schema, commit, metrics, cluster, run.
 """

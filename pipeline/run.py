@@ -5,12 +5,8 @@ What happens to an image? `prepare` finds it and puts it into a shard, `segment_
 """
 
 import contextlib
-import logging
-import os
 import platform
 import secrets
-import socket
-import sys
 import threading
 import time
 import warnings
@@ -26,8 +22,9 @@ import ray.exceptions
 
 from model.checkpoint import Checkpoint, load_checkpoint, model_version
 from pipeline import schema
+from pipeline.cluster import FAILED_SHARDS, Workers, check_network, ray_session, size_workers
 from pipeline.commit import Run, Totals, add, claimed, unfinished
-from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings, worker_range
+from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
 from pipeline.index import Index, summary, update_index
 from pipeline.metrics import start_hub
 from pipeline.plan import Origin, make_plan, without
@@ -36,7 +33,6 @@ from pipeline.segment import Job, Segmenter
 from pipeline.storage import Store, public_url, storage_options
 
 TASK_RETRIES = 3  # of a shard whose worker dies; Ray's own default is for ever
-FAILED_SHARDS = 8  # after so many the store is down or the job is wrong, and going on helps nobody
 
 
 class Listener(Protocol):
@@ -174,9 +170,7 @@ def segment_shards(
         )
 
 
-def build_dataset(
-    shards: list[int], job: Job, checkpoint: Checkpoint, hub: Any, workers: "Workers"
-) -> ray.data.Dataset:
+def build_dataset(shards: list[int], job: Job, checkpoint: Checkpoint, hub: Any, workers: Workers) -> ray.data.Dataset:
     """The graph: rows that are shards, through a pool of workers, to rows that say how each ended."""
     with warnings.catch_warnings():
         # the only way to bound the retries of an actor's task, until Ray names a parameter for it
@@ -245,101 +239,6 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-# -------------------------------------------------------------------------------------------------- Ray's own side
-
-
-def check_network(settings: SegmentSettings) -> None:
-    """Raise `ConfigurationError` at once for what would fail later: Ray itself looks for a cluster for minutes."""
-    address = ray_address(settings) or ""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        if port.isdigit():
-            socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise ConfigurationError(f"no Ray cluster at {address} ({error}); see --ray-address") from None
-    try:
-        socket.create_server((settings.metrics_host, settings.metrics_port)).close()
-    except OSError as error:
-        endpoint = f"{settings.metrics_host}:{settings.metrics_port}"
-        raise ConfigurationError(
-            f"metrics cannot be served at {endpoint} ({error.strerror}); see --metrics-host and --metrics-port"
-        ) from None
-
-
-def ray_address(settings: SegmentSettings) -> str | None:
-    return settings.ray_address or os.environ.get("RAY_ADDRESS")
-
-
-@contextlib.contextmanager
-def ray_session(settings: SegmentSettings) -> Iterator[None]:
-    """Connect to the cluster, or start a local Ray that ends with the block; quiet, as the listener speaks."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns of its own way to start pools of actors
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address := ray_address(settings):
-        try:
-            with silence():
-                ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigurationError(f"no Ray cluster at {address} ({reason}); see --ray-address") from None
-    else:  # one CPU more than there are, so that Ray's own tasks have a place beside the workers
-        with silence():
-            ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, **quiet)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.target_max_block_size = None
-    context.max_errored_blocks = FAILED_SHARDS
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Drop what native code writes to standard error: Ray announces there that it was told to be quiet."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-@dataclass(frozen=True)
-class Workers:
-    """The pool: how many workers, and what each of them holds."""
-
-    least: int
-    most: int
-    cpus: int
-    gpus: float
-
-    def __str__(self) -> str:
-        count = f"{self.most}" if self.least == self.most else f"{self.least} to {self.most}"
-        kind = f"{self.gpus:g} GPU" if self.gpus else f"{self.cpus} CPU thread{'s' * (self.cpus > 1)}"
-        return f"{count} worker{'s' * (self.most > 1)} with {kind}"
-
-
-def size_workers(settings: SegmentSettings, shards: int) -> Workers:
-    """The pool for this cluster and `shards` of work: what the settings say, else all that there is room for."""
-    resources = ray.cluster_resources()
-    cluster_cpus, cluster_gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0)
-    gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(cluster_gpus > 0)
-    free = max(1, cluster_cpus - 1)  # one CPU is left for Ray itself
-    smallest = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
-    share = free // max(1, int(cluster_gpus / gpus)) if gpus else free
-    cpus = settings.cpus_per_worker or max(1, min(4, smallest, share))
-    room = max(1, int(cluster_gpus / gpus) if gpus else free // cpus)
-    least, most = worker_range(settings.workers) or (room, room)
-    return Workers(min(least, shards), min(most, shards), cpus, gpus)
 
 
 def serve_metrics(settings: SegmentSettings, hub: Any) -> str:

@@ -11,15 +11,9 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from model.checkpoint import (
-    HUGGING_FACE_4,
-    HUGGING_FACE_5,
-    CheckpointError,
-    load_checkpoint,
-    model_version,
-    save_huggingface,
-)
+from model.checkpoint import CheckpointError, load_checkpoint, model_version, save_huggingface
 from model.labels import label_set
+from model.layouts import HUGGING_FACE_4, HUGGING_FACE_5
 from model.segformer import Segformer, resize, variant
 from tests.model.reference import reference
 
