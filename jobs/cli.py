@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from jobs import demo, index, plan, segment
 from model.checkpoint import CheckpointError
-from pipeline.config import ConfigurationError, build, read_yaml
+from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
 from pipeline.run import IncompleteRunError
 
 JOBS = {"segment": segment, "index": index, "plan": plan, "demo": demo}
@@ -72,7 +72,8 @@ def add_job(jobs: Any, name: str, job: Any) -> Parser:
         epilog=EPILOGUE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    groups: dict[str, Any] = {}
+    used = {info.json_schema_extra["group"] for info in job.SETTINGS.model_fields.values() if info.json_schema_extra}
+    groups = {title: parser.add_argument_group(title) for title in GROUPS if title in used}
     for field, info in job.SETTINGS.model_fields.items():
         extra = info.json_schema_extra
         if extra is None:  # a positional argument, which may come from the file instead
@@ -80,8 +81,6 @@ def add_job(jobs: Any, name: str, job: Any) -> Parser:
                 field, nargs="?", metavar=field.upper(), default=argparse.SUPPRESS, help=info.description
             )
             continue
-        if extra["group"] not in groups:
-            groups[extra["group"]] = parser.add_argument_group(extra["group"])
         groups[extra["group"]].add_argument(f"--{field.replace('_', '-')}", **how_to_parse(info))
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; options win over it")
     return parser

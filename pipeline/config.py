@@ -20,8 +20,11 @@ class ConfigurationError(Exception):
     """A setting, input or output that cannot be used; the message is one line with the value and the remedy."""
 
 
+GROUPS = ("Input", "Model", "Run", "Workers", "Storage", "Metrics", "Demo")  # as help shows them
+
+
 def option(default: Any, help: str, group: str, metavar: str | None = None) -> Any:
-    """A setting that the command line shows under `group`."""
+    """A setting that the command line shows under `group`, one of `GROUPS`."""
     return Field(default, description=help, json_schema_extra={"group": group, "metavar": metavar})
 
 
@@ -33,8 +36,10 @@ class StorageSettings(BaseModel):
     endpoint_url: str | None = option(
         None, "S3 endpoint, for servers other than AWS (else AWS_ENDPOINT_URL)", "Storage", "URL"
     )
-    region: str | None = option(None, "S3 region (else AWS_REGION or the profile's)", "Storage", "NAME")
-    anonymous: bool = option(False, "read a public bucket without credentials", "Storage")
+    region: str | None = option(
+        None, "S3 region (else AWS_REGION, AWS_DEFAULT_REGION or the profile's)", "Storage", "NAME"
+    )
+    anonymous: bool = option(False, "use no credentials, for public buckets", "Storage")
     storage_option: dict[str, str | int | float | bool] = option(
         {}, "any other fsspec option, as PROTOCOL.KEY=VALUE (gs.token=anon); repeatable", "Storage", "OPTION"
     )

@@ -186,7 +186,8 @@ def storage_options(url: str, settings: StorageSettings) -> dict[str, Any]:
     given = {key.partition(".")[2]: value for key, value in settings.storage_option.items() if is_for(key, protocol)}
     if protocol != "s3":
         return given
-    client = {"region_name": settings.region} if settings.region else {}
+    region = settings.region or os.environ.get("AWS_REGION")  # which botocore itself does not read
+    client = {"region_name": region} if region else {}
     return {
         "anon": settings.anonymous,
         "endpoint_url": settings.endpoint_url,
