@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import pyarrow as pa
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -12,11 +13,12 @@ from jobs import demo, index, plan, segment
 from model.checkpoint import CheckpointError
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
 from pipeline.run import IncompleteRunError
+from pipeline.storage import ERRORS, reason
 
 JOBS = {"segment": segment, "index": index, "plan": plan, "demo": demo}
 EPILOGUE = """\
-Exit codes: 0 done, 1 not all shards could be done (run again to go on), 2 a setting, the input or the checkpoint
-cannot be used, 130 interrupted (run again to go on).
+Exit codes: 0 done, 1 the store or some shards failed (run again to go on), 2 a setting, the input or the checkpoint
+cannot be used, 130 interrupted by Ctrl-C or SIGTERM (run again to go on).
 """
 
 
@@ -55,6 +57,9 @@ def guarded(work: Callable[[], int]) -> int:
         return 2
     except IncompleteRunError as error:
         print(f"swath: {error}", file=sys.stderr)
+        return 1
+    except (*ERRORS, pa.ArrowException) as error:  # a full disk, a store that went away, a damaged file of ours
+        print(f"swath: error: {type(error).__name__}: {reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("swath: interrupted; run the same command again to go on", file=sys.stderr)

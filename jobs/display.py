@@ -46,7 +46,7 @@ class Display:
             self.show("reading headers", done, total, "")
 
     def segmenting(self, done: int, total: int, failures: int) -> None:
-        self.show("segmenting", done, total, f"{failures:,} failed" if failures else "")
+        self.show("segmenting", done, total, f"{failures:,} without a mask" if failures else "")
 
     def show(self, work: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -60,24 +61,32 @@ def ray_session(settings: SegmentSettings) -> Iterator[None]:
     context.enable_progress_bars = False
     context.target_max_block_size = None
     context.max_errored_blocks = FAILED_SHARDS
+    ended = signal.signal(signal.SIGTERM, signal.default_int_handler)  # here, as ray.init installs its own
     try:
         yield
     finally:
-        ray.shutdown()
+        signal.signal(signal.SIGTERM, ended)
+        with silence():
+            ray.shutdown()
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Drop what native code writes to standard error: Ray announces there that it was told to be quiet."""
+    """Drop what Ray itself writes, past Python: that it was told to be quiet, and that its tasks ended when it did."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    kept = os.dup(2)
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
     with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+        for stream in kept:
+            os.dup2(nowhere.fileno(), stream)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, copy in kept.items():
+            os.dup2(copy, stream)
+            os.close(copy)
 
 
 @dataclass(frozen=True)
@@ -105,5 +114,14 @@ def size_workers(settings: SegmentSettings, shards: int) -> Workers:
     share = free // max(1, int(cluster_gpus / gpus)) if gpus else free
     cpus = settings.cpus_per_worker or max(1, min(4, smallest, share))
     room = max(1, int(cluster_gpus / gpus) if gpus else free // cpus)
+    fitting = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not ray_address(settings) and not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in fitting):
+        have = f"{cluster_cpus - 1} CPUs and {cluster_gpus:g} GPUs"
+        raise ConfigurationError(
+            f"no worker with {cpus} CPUs and {gpus:g} GPUs fits this machine, which has {have}; "
+            "see --cpus-per-worker, --gpus-per-worker and --ray-address"
+        )
     least, most = worker_range(settings.workers) or (room, room)
+    if not ray_address(settings):  # a cluster may grow, this machine does not
+        least, most = min(least, room), min(most, room)
     return Workers(min(least, shards), min(most, shards), cpus, gpus)

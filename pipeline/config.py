@@ -89,9 +89,11 @@ class IndexSettings(StorageSettings):
         if not value.strip():
             raise ValueError("must not be empty")
         protocol, _, rest = value.rpartition("://")
+        if not protocol and re.match(r"[a-z0-9]+:/", value):
+            raise ValueError("a URL has two slashes: s3://bucket/prefix")
         if protocol and re.match(r"[^/]*:[^/]*@", rest):
             raise ValueError("credentials in a URL would be in every row; use the environment or --storage-option")
-        return value if protocol else os.path.abspath(value)
+        return value if protocol else os.path.abspath(os.path.expanduser(value))
 
     @field_validator("requests")
     @classmethod
@@ -161,8 +163,10 @@ class SegmentSettings(PlanSettings):
     @field_validator("run_id")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and (not value.isascii() or not value.replace("-", "").replace("_", "").isalnum()):
-            raise ValueError("use letters, digits, - and _ only")
+        if value is not None and (
+            len(value) > 100 or not value.isascii() or not value.replace("-", "").replace("_", "").isalnum()
+        ):
+            raise ValueError("use letters, digits, - and _ only, at most 100")
         return value
 
     @field_validator("workers", mode="before")

@@ -193,5 +193,8 @@ def summary(skipped: Counter[str]) -> str:
     """What was skipped, for a message: " (skipped 3: .txt 2, no extension 1)"."""
     if not skipped:
         return ""
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in skipped.most_common(6))
-    return f" (skipped {skipped.total():,}: {kinds})"
+    shown = skipped.most_common(6)
+    kinds = [f"{kind} {count:,}" for kind, count in shown]
+    others = skipped.total() - sum(count for _, count in shown)
+    kinds += [f"others {others:,}"] if others else []
+    return f" (skipped {skipped.total():,}: {', '.join(kinds)})"

@@ -43,6 +43,7 @@ class Origin:
     input: str
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    policy: str
     model_version: str
 
 
@@ -96,7 +97,7 @@ def encode_plan(plan: pa.Table, origin: Origin) -> bytes:
 
 def read_origin(file: pq.ParquetFile) -> Origin:
     found = json.loads(file.schema_arrow.metadata[ORIGIN_KEY])
-    return Origin(found["input"], tuple(found["include"]), tuple(found["exclude"]), found["model_version"])
+    return Origin(**found | {key: tuple(found[key]) for key in ("include", "exclude")})
 
 
 def planned_images(shard: pa.Table) -> list[PlannedImage]:
@@ -129,9 +130,10 @@ def batch_size(height: int, width: int, batch_pixels: int) -> int:
     return max(1, batch_pixels // (height * width))
 
 
-def summarise(plan: pa.Table, batch_pixels: int) -> list[Bucket]:
-    """The plan's buckets, largest first."""
-    shards = plan.append_column("pixels", pc.multiply(plan["width"].cast(pa.int64()), plan["height"].cast(pa.int64())))
+def summarise(plan: pa.Table, batch_pixels: int, max_pixels: int) -> list[Bucket]:
+    """The plan's buckets, largest first; an image of more than `max_pixels` will have no mask."""
+    pixels = pc.multiply(plan["width"].cast(pa.int64()), plan["height"].cast(pa.int64()))
+    shards = plan.append_column("pixels", pc.if_else(pc.less_equal(pixels, max_pixels), pixels, 0))
     shards = shards.group_by(["bucket", "shard"]).aggregate([("uri", "count"), ("pixels", "sum")])
     buckets: dict[str | None, list[tuple[int, int]]] = {}
     for row in shards.to_pylist():

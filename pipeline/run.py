@@ -71,10 +71,13 @@ def segment(settings: SegmentSettings, listener: Listener) -> Result:
     output.check_writable()
     version = model_version(checkpoint.digest, settings.mask_settings())
     source = public_url(Store(settings.input, settings).uri(""))
-    origin = Origin(source, settings.include, settings.exclude, version)
+    origin = Origin(source, settings.include, settings.exclude, settings.policy, version)
     run = find_run(settings, output, origin, listener)
     if record := run.record():
-        listener.say(f"run {run.id} is complete: {record['images']:,} images, nothing to do")
+        listener.say(
+            f"run {run.id} is complete: {record['images']:,} images as planned, nothing to do "
+            "(leave out --run-id for images that came later)"
+        )
         return Result(record, is_new=False)
     total = prepare(settings, run, origin, listener)
     if not total:
@@ -96,7 +99,7 @@ def find_run(settings: SegmentSettings, output: Store, origin: Origin, listener:
         check_origin(run, origin)
         return run
     if found := unfinished(output, origin):
-        listener.say(f"run {found.id} was not finished, so it goes on")
+        listener.say(f"run {found.id} was not finished, so it goes on as planned (newer images: run again after it)")
         return found
     return Run(output, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}")
 

@@ -133,7 +133,7 @@ class Segmenter:
                 raise DecodeError("too_large", f"{image.width}x{image.height} is over --max-pixels {limit:,}")
             with clock.time("fetch"):
                 data = self.fetch(image.uri)
-            if len(data) != image.bytes or (self.source.local_etag(image.uri) or image.etag) != image.etag:
+            if len(data) != image.bytes or not self.source.is_unchanged(image.uri, image.etag):
                 raise DecodeError("changed", "the object is another one than was indexed; run again")
             with self.decoding, clock.time("decode"):
                 pixels = decode(data, limit)

@@ -78,7 +78,10 @@ class Store:
             name = path[len(self.root) :].lstrip("/") or path.rpartition("/")[2]
             if path == self.root and info["type"] == "directory":
                 continue
-            if info["type"] != "file":  # also a pipe or a socket, which would never end
+            if self.is_local and os.path.isfile(path):  # also through a symbolic link
+                found_file = os.stat(path)
+                yield name, Entry(self.filesystem.unstrip_protocol(path), local_etag(found_file), found_file.st_size)
+            elif info["type"] != "file" or self.is_local:  # also a pipe or a socket, which would never end
                 yield f"{name}/", None
             elif info.get("size") is None:
                 raise ConfigurationError(
@@ -102,9 +105,9 @@ class Store:
         """All bytes of an object. Raises FileNotFoundError or another of `ERRORS`."""
         return self.filesystem.cat_file(self.filesystem._strip_protocol(uri))
 
-    def local_etag(self, uri: str) -> str | None:
-        """A local file's etag as it is now; None in a store, where asking is one more request for each image."""
-        return etag_of(self.filesystem.info(self.filesystem._strip_protocol(uri))) if self.is_local else None
+    def is_unchanged(self, uri: str, etag: str) -> bool:
+        """Whether a local file is still the one of `etag`; True in a store, where asking would be a request more."""
+        return not self.is_local or local_etag(os.stat(self.filesystem._strip_protocol(uri))) == etag
 
     def read(self, name: str) -> bytes:
         """All bytes of the object `name`. Raises FileNotFoundError."""
@@ -201,12 +204,17 @@ def is_for(key: str, protocol: str) -> bool:
     return key.partition(".")[0] == protocol
 
 
+def local_etag(file: os.stat_result) -> str:
+    """What a local file has in place of an etag: its size and its time of change."""
+    return f"{file.st_size}-{file.st_mtime_ns}"
+
+
 def etag_of(info: Mapping[str, Any]) -> str:
-    """The store's own version of an object, or, where it has none, its size and time of change."""
+    """The store's own version of an object, or, where it has none, its size and the time of its change."""
     for key in ("ETag", "etag", "md5Hash", "content_md5", "version"):
         if info.get(key):
             return str(info[key]).strip('"')
-    changed = info.get("mtime") or info.get("last_modified") or info.get("updated") or info.get("LastModified") or ""
+    changed = info.get("last_modified") or info.get("updated") or info.get("LastModified") or ""
     return f"{info.get('size', 0)}-{changed}"
 
 

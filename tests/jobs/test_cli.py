@@ -1,8 +1,10 @@
 """What a person types and sees: help that teaches, one line for what is wrong, tables for what was done."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import duckdb
@@ -13,7 +15,7 @@ import yaml
 from jobs import demo
 from jobs.cli import JOBS, main
 from pipeline.config import SegmentSettings
-from tests.conftest import spoil
+from tests.conftest import draw_image, spoil
 
 
 @pytest.fixture
@@ -79,6 +81,8 @@ def test_what_is_wrong_is_one_line_with_exit_code_2_before_any_work(swath, colle
         (["segmnet"], "segmnet"),
         ([], "JOB"),
         ([*good, "--ray-address", "127.0.0.1:1"], "no Ray cluster at 127.0.0.1:1"),
+        ([*good, "--run-id", "x" * 101], "at most 100"),
+        (["segment", "s3:/bucket/x", output, "--checkpoint", checkpoint], "two slashes"),
         (["demo", tmp_path / "demo", "--images", "0"], "images: must be from 1"),
     ]:
         code, out, errors = swath(*arguments)
@@ -88,6 +92,40 @@ def test_what_is_wrong_is_one_line_with_exit_code_2_before_any_work(swath, colle
         assert expected in complaints[0]
         assert "Traceback" not in out + errors
     assert not list(output.glob("segments"))
+
+
+def test_workers_that_cannot_be_are_refused_and_not_waited_for(swath, collection, checkpoint, tmp_path):
+    command = ["segment", collection, tmp_path / "out", "--checkpoint", checkpoint, "--policy", "short=64"]
+    for option in (["--cpus-per-worker", "4096"], ["--gpus-per-worker", "64"]):
+        code, _, errors = swath(*command, *option)
+        assert code == 2
+        assert "fits this machine" in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_and_says_how_to_go_on(collection, checkpoint, tmp_path, number):
+    for image in range(60):
+        draw_image(collection / f"more/{image:02d}.png", 640, 480, seed=image)
+    command = [sys.executable, "-m", "jobs", "segment", collection, tmp_path / "out", "--checkpoint", checkpoint]
+    with open(tmp_path / "out.txt", "w") as out, open(tmp_path / "errors.txt", "w") as errors:
+        process = subprocess.Popen([*map(str, command), "--shard-images", "4"], stdout=out, stderr=errors)
+        deadline = time.monotonic() + 200
+        while not list((tmp_path / "out").glob("segments/*/*.parquet")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(60) == 130
+    said = (tmp_path / "errors.txt").read_text()
+    assert said.splitlines()[-1] == "swath: interrupted; run the same command again to go on"
+    assert "Traceback" not in said
+    assert (tmp_path / "out.txt").read_text() == ""
+
+
+def test_damage_to_our_own_files_is_one_line(swath, collection, tmp_path):
+    (tmp_path / "out/index").mkdir(parents=True)
+    (tmp_path / "out/index/part-00000.parquet").write_text("damaged")
+    code, _, errors = swath("index", collection, tmp_path / "out")
+    assert code == 1
+    assert "part-00000.parquet" in errors.splitlines()[-1]
 
 
 def test_settings_from_a_file_and_from_options_are_one_thing(swath, collection, checkpoint, tmp_path):
@@ -127,7 +165,7 @@ def test_a_run_shows_progress_and_closes_with_a_table_and_a_query(swath, collect
     code, out, errors = swath(*command)
     assert code == 0
     assert "segmenting 15/15" in errors
-    assert "3 failed" in errors
+    assert "3 without a mask" in errors
     assert "Traceback" not in errors
     assert "ok              12  80.0%" in out
     assert "unreadable       3  20.0%" in out

@@ -30,6 +30,7 @@ def test_good_settings_pass_and_defaults_are_sensible():
         ({"zzz": 1}, "unknown setting 'zzz'; see --help"),
         ({"workers": "8:1"}, "MIN:MAX"),
         ({"run_id": "../evil"}, "letters, digits"),
+        ({"input": "s3:/bucket/x"}, "two slashes"),
         ({"metrics_port": 70000}, "65535"),
         ({"storage_option": ["nodot=1"]}, "PROTOCOL.KEY=VALUE"),
         ({"input": ""}, "must not be empty"),
@@ -55,6 +56,8 @@ def test_local_paths_are_absolute_and_urls_stay_as_they_are(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     settings = build(SegmentSettings, GOOD | {"input": "photos", "output": "s3://b/./x"})
     assert settings.input == str(tmp_path / "photos")
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert build(SegmentSettings, GOOD | {"input": "~/photos"}).input == "/somewhere/photos"
     assert settings.output == "s3://b/./x"
 
 

@@ -75,6 +75,14 @@ def test_what_would_never_end_is_no_image(collection, tmp_path):
     assert found.skipped["not a file"] == 2
 
 
+def test_an_image_behind_a_symbolic_link_is_an_image(collection, tmp_path):
+    (collection / "link.png").symlink_to(draw_image(tmp_path / "elsewhere/x.png", 31, 17))
+    rows = update(collection, tmp_path / "out").images.to_pylist()
+    assert [(row["width"], row["height"]) for row in rows if row["uri"].endswith("link.png")] == [(31, 17)]
+    draw_image(tmp_path / "elsewhere/x.png", 18, 32)
+    assert update(collection, tmp_path / "out").opened == 1
+
+
 def test_patterns_choose_by_name(collection, tmp_path):
     (collection / "raw").mkdir()
     (collection / "part 0/image-00.jpg").rename(collection / "raw/0001")

@@ -53,17 +53,17 @@ def test_a_plan_holds_every_image_once_in_shards_of_one_bucket(sizes, shard_imag
 @given(st.permutations(range(30)))
 def test_the_order_of_the_index_does_not_change_the_plan(order):
     images = images_of([(40 + number % 7, 60) for number in range(30)])
-    policy, origin = parse_policy("short=32"), Origin("in", (), (), "v")
+    policy, origin = parse_policy("short=32"), Origin("in", (), (), "short=32", "v")
     expected = encode_plan(make_plan(images, policy, 4), origin)
     assert encode_plan(make_plan(images.take(pa.array(order)), policy, 4), origin) == expected
 
 
 def test_a_plan_file_has_one_row_group_a_shard_and_remembers_its_origin():
     plan = make_plan(images_of([(50, 50)] * 10 + [None]), parse_policy("short=32"), 4)
-    file = pq.ParquetFile(io.BytesIO(encode_plan(plan, Origin("s3://in", ("*.jpg",), (), "abc"))))
+    file = pq.ParquetFile(io.BytesIO(encode_plan(plan, Origin("s3://in", ("*.jpg",), (), "short=32", "abc"))))
     assert file.num_row_groups == 4
     assert [len(file.read_row_group(number)) for number in range(4)] == [1, 4, 4, 2]
-    assert read_origin(file) == Origin("s3://in", ("*.jpg",), (), "abc")
+    assert read_origin(file) == Origin("s3://in", ("*.jpg",), (), "short=32", "abc")
 
 
 def test_what_is_done_is_not_planned_and_what_changed_is():
@@ -74,7 +74,7 @@ def test_what_is_done_is_not_planned_and_what_changed_is():
 
 def test_the_summary_counts_images_and_the_fill_of_batches():
     plan = make_plan(images_of([(512, 512)] * 20 + [None] * 2), parse_policy("short=512"), 16)
-    square, unknown = summarise(plan, batch_pixels=8 * 512 * 512)
+    square, unknown = summarise(plan, batch_pixels=8 * 512 * 512, max_pixels=10**9)
     assert (square.name, square.images, square.shards, square.batch) == ("512x512", 20, 2, 8)
     assert square.fill == 20 / 24
     assert (unknown.name, unknown.images, unknown.mask_bytes) == ("unknown", 2, 0)
