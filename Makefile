@@ -28,7 +28,7 @@ format: .venv/developing  ## Format the code and mend what the linter can
 s3: .venv/installed  ## Run a real S3 server on loopback until Ctrl-C
 	$(BIN)/python infra/local/s3_server.py
 
-weights: .venv/installed  ## Train the demo's network again (about 40 minutes on two cores)
+weights: .venv/installed  ## Train the demo's network again (about an hour on two cores)
 	$(BIN)/python -m jobs.scenes.train jobs/scenes/weights
 
 clean:  ## Remove what these targets made
