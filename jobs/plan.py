@@ -23,7 +23,7 @@ def run(settings: PlanSettings) -> int:
     output = Store(settings.output, settings)
     output.check_writable()
     with Display() as display:
-        _, plan = index_and_plan(settings, output, version, display)
+        plan = index_and_plan(settings, output, version, display)
     buckets = summarise(plan, settings.batch_pixels, settings.max_pixels)
     table = Table(
         "bucket", "images", "shards", "batch", "fill", "masks (est.)", box=None, header_style="bold", pad_edge=False

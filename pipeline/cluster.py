@@ -14,6 +14,7 @@ import ray
 import ray.data
 
 from pipeline.config import ConfigurationError, SegmentSettings, worker_range
+from pipeline.storage import reason
 
 FAILED_SHARDS = 8  # after so many the store is down or the job is wrong, and going on helps nobody
 
@@ -51,8 +52,7 @@ def ray_session(settings: SegmentSettings) -> Iterator[None]:
             with silence():
                 ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigurationError(f"no Ray cluster at {address} ({reason}); see --ray-address") from None
+            raise ConfigurationError(f"no Ray cluster at {address} ({reason(error)}); see --ray-address") from None
     else:  # one CPU more than there are, so that Ray's own tasks have a place beside the workers
         with silence():
             ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, **quiet)
@@ -110,12 +110,12 @@ def size_workers(settings: SegmentSettings, shards: int) -> Workers:
     cluster_cpus, cluster_gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0)
     gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(cluster_gpus > 0)
     free = max(1, cluster_cpus - 1)  # one CPU is left for Ray itself
-    smallest = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    smallest = min(int(node.get("CPU", 1)) for node in nodes)
     share = free // max(1, int(cluster_gpus / gpus)) if gpus else free
     cpus = settings.cpus_per_worker or max(1, min(4, smallest, share))
     room = max(1, int(cluster_gpus / gpus) if gpus else free // cpus)
-    fitting = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not ray_address(settings) and not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in fitting):
+    if not ray_address(settings) and not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in nodes):
         have = f"{cluster_cpus - 1} CPUs and {cluster_gpus:g} GPUs"
         raise ConfigurationError(
             f"no worker with {cpus} CPUs and {gpus:g} GPUs fits this machine, which has {have}; "

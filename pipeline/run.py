@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
+import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
@@ -25,7 +26,7 @@ from pipeline import schema
 from pipeline.cluster import FAILED_SHARDS, Workers, check_network, ray_session, size_workers
 from pipeline.commit import Run, Totals, add, claimed, unfinished
 from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
-from pipeline.index import Index, summary, update_index
+from pipeline.index import summary, update_index
 from pipeline.metrics import start_hub
 from pipeline.plan import Origin, make_plan, without
 from pipeline.policy import parse_policy
@@ -83,8 +84,8 @@ def segment(settings: SegmentSettings, listener: Listener) -> Result:
     if not total:
         listener.say("nothing new: every image has a row from this model version")
         return Result(None, is_new=False)
-    started, before = time.time(), len(run.done())
-    segment_shards(settings, checkpoint, run, origin.model_version, total, listener)
+    started = time.time()
+    before = segment_shards(settings, checkpoint, run, origin.model_version, total, listener)
     return Result(commit(settings, checkpoint, run, origin, started, before), is_new=True)
 
 
@@ -117,7 +118,7 @@ def check_origin(run: Run, origin: Origin) -> None:
 def prepare(settings: PlanSettings, run: Run, origin: Origin, listener: Listener) -> int:
     """Make sure that the run has a plan; how many images it holds. An existing plan is kept as it is."""
     if not run.origin():
-        _, plan = index_and_plan(settings, run.store, origin.model_version, listener)
+        plan = index_and_plan(settings, run.store, origin.model_version, listener)
         if not len(plan):
             return 0
         with contextlib.suppress(FileExistsError):  # another driver's plan, or our own after a lost reply
@@ -126,8 +127,8 @@ def prepare(settings: PlanSettings, run: Run, origin: Origin, listener: Listener
     return run.open_plan().metadata.num_rows
 
 
-def index_and_plan(settings: PlanSettings, output: Store, version: str, listener: Listener) -> tuple[Index, Any]:
-    """Bring the index up to date, and plan what has no row from this model version yet."""
+def index_and_plan(settings: PlanSettings, output: Store, version: str, listener: Listener) -> pa.Table:
+    """Bring the index up to date, and plan what no run with this model version has."""
     source = Store(settings.input, settings)
     listener.say(f"listing {source.url}")
     index = update_index(settings, source, output, listener.indexing)
@@ -140,20 +141,20 @@ def index_and_plan(settings: PlanSettings, output: Store, version: str, listener
     )
     for run in open_runs:
         listener.say(f"run {run.id} has images of its own and is not finished; finish it with its settings")
-    return index, make_plan(new, parse_policy(settings.policy), settings.shard_images)
+    return make_plan(new, parse_policy(settings.policy), settings.shard_images)
 
 
 def segment_shards(
     settings: SegmentSettings, checkpoint: Checkpoint, run: Run, version: str, images: int, listener: Listener
-) -> None:
-    """Have the workers do every shard that is not there yet. Raises `IncompleteRunError`."""
+) -> int:
+    """Have the workers do every shard that is not there yet; how many were. Raises `IncompleteRunError`."""
     shards = run.open_plan().metadata.num_row_groups
     done = run.done()
     todo = sorted(set(range(shards)) - set(done))
     if done:
         listener.say(f"{len(done):,} of {shards:,} shards of run {run.id} are there already")
     if not todo:
-        return
+        return len(done)
     with ray_session(settings):
         workers = size_workers(settings, len(todo))
         hub = start_hub(run.id, version)
@@ -171,6 +172,7 @@ def segment_shards(
             f"{len(missing):,} of {shards:,} shards of run {run.id} are not done: {why}; "
             f"run the same command again to do only those"
         )
+    return len(done)
 
 
 def build_dataset(shards: list[int], job: Job, checkpoint: Checkpoint, hub: Any, workers: Workers) -> ray.data.Dataset:

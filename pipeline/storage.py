@@ -7,6 +7,7 @@ first of its name is put with a condition that the store itself checks.
 import contextlib
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,17 +79,18 @@ class Store:
             name = path[len(self.root) :].lstrip("/") or path.rpartition("/")[2]
             if path == self.root and info["type"] == "directory":
                 continue
-            if self.is_local and os.path.isfile(path):  # also through a symbolic link
-                found_file = os.stat(path)
-                yield name, Entry(self.filesystem.unstrip_protocol(path), local_etag(found_file), found_file.st_size)
-            elif info["type"] != "file" or self.is_local:  # also a pipe or a socket, which would never end
+            uri = self.filesystem.unstrip_protocol(path)
+            if self.is_local:
+                file = regular_file(path)
+                yield (name, Entry(uri, local_etag(file), file.st_size)) if file else (f"{name}/", None)
+            elif info["type"] != "file":
                 yield f"{name}/", None
             elif info.get("size") is None:
                 raise ConfigurationError(
                     f"{self.url}: this kind of store does not tell the size of its files; copy them"
                 )
             else:
-                yield name, Entry(self.filesystem.unstrip_protocol(path), etag_of(info), int(info["size"]))
+                yield name, Entry(uri, etag_of(info), int(info["size"]))
 
     def heads(self, uris: Sequence[str], length: int, requests: int) -> list[bytes | BaseException]:
         """The first `length` bytes of each object, or the error that came instead."""
@@ -202,6 +204,16 @@ def storage_options(url: str, settings: StorageSettings) -> dict[str, Any]:
 
 def is_for(key: str, protocol: str) -> bool:
     return key.partition(".")[0] == protocol
+
+
+def regular_file(path: str) -> os.stat_result | None:
+    """The file at `path` or behind its symbolic links; None for a folder, for what is gone, and for a pipe or socket,
+    whose reading would never end."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
 
 
 def local_etag(file: os.stat_result) -> str:
