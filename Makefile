@@ -5,10 +5,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format s3 weights clean
+.PHONY: help demo test check format s3 weights bench-model clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/installed  ## Draw a small collection, segment it here, show the table, a query and a picture
 	$(BIN)/swath demo .demo
@@ -31,6 +31,9 @@ s3: .venv/installed  ## Run a real S3 server on loopback until Ctrl-C
 weights: .venv/installed  ## Train the demo's network again (about an hour on two cores)
 	$(BIN)/python -m jobs.scenes.train jobs/scenes/weights
 
+bench-model: .venv/benching  ## Time the network beside transformers, ONNX Runtime and OpenVINO (about 10 minutes)
+	$(BIN)/python -m jobs.bench.model $(BENCH)
+
 clean:  ## Remove what these targets made
 	rm -rf .venv .demo .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 
@@ -38,10 +41,14 @@ clean:  ## Remove what these targets made
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/installed: .venv/created pyproject.toml constraints.txt
+.venv/installed: .venv/created pyproject.toml constraints.txt $(wildcard model/native/*.cpp model/native/*.h)
 	$(PIP) -e .
 	@touch $@
 
 .venv/developing: .venv/installed
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/benching: .venv/installed
+	$(PIP) -e '.[bench]'
 	@touch $@

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from jobs.display import Display, size
 from model.checkpoint import model_version
+from model.predictor import CPU_BATCH_PIXELS
 from pipeline.config import PlanSettings
 from pipeline.plan import summarise
 from pipeline.run import index_and_plan, read_checkpoint
@@ -24,7 +25,7 @@ def run(settings: PlanSettings) -> int:
     output.check_writable()
     with Display() as display:
         plan = index_and_plan(settings, output, version, display)
-    buckets = summarise(plan, settings.batch_pixels, settings.max_pixels)
+    buckets = summarise(plan, settings.batch_pixels or CPU_BATCH_PIXELS, settings.max_pixels)
     table = Table(
         "bucket", "images", "shards", "batch", "fill", "masks (est.)", box=None, header_style="bold", pad_edge=False
     )

@@ -108,7 +108,9 @@ def size_workers(settings: SegmentSettings, shards: int) -> Workers:
     """The pool for this cluster and `shards` of work: what the settings say, else all that there is room for."""
     resources = ray.cluster_resources()
     cluster_cpus, cluster_gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0)
-    gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(cluster_gpus > 0)
+    gpus = settings.gpus_per_worker
+    if gpus is None:
+        gpus = float(cluster_gpus > 0 and settings.engine != "native")
     free = max(1, cluster_cpus - 1)  # one CPU is left for Ray itself
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     smallest = min(int(node.get("CPU", 1)) for node in nodes)

@@ -32,6 +32,7 @@ class Totals:
     input_bytes: int = 0
     output_bytes: int = 0  # of the masks
     pixels: int = 0  # of the masks
+    engines: dict[str, int] = field(default_factory=dict)  # images that the network saw, by engine and precision
     batches: int = 0
     stage_seconds: dict[str, float] = field(default_factory=dict)  # summed over threads
     class_pixels: dict[str, int] = field(default_factory=dict)  # by class name

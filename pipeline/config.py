@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -116,8 +116,17 @@ class PlanSettings(IndexSettings):
     max_pixels: int = option(
         100_000_000, "an image with more pixels gets a row with status too_large and is not decoded", "Model", "N"
     )
-    batch_pixels: int = option(
-        2_097_152, "network input pixels in one batch: 8 images of 512x512; more for a large GPU", "Model", "N"
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "of the matrix products: auto, float32 or bfloat16 (default: auto, bfloat16 where a worker's hardware has it)",
+        "Model",
+        "NAME",
+    )
+    batch_pixels: int | None = option(
+        None,
+        "network input pixels in one batch (default: 8 images of 512x512 on a CPU, by memory on a GPU)",
+        "Model",
+        "N",
     )
     shard_images: int | None = option(
         None, "images in one shard, which is one Parquet file and what a retry repeats (default: 16 to 512)", "Run", "N"
@@ -135,7 +144,7 @@ class PlanSettings(IndexSettings):
 
     def mask_settings(self) -> dict[str, Any]:
         """The settings that decide what becomes of an image: a part of `model_version`."""
-        return {"policy": self.policy, "max_pixels": self.max_pixels}
+        return {"policy": self.policy, "max_pixels": self.max_pixels, "precision": self.precision}
 
 
 class SegmentSettings(PlanSettings):
@@ -149,6 +158,13 @@ class SegmentSettings(PlanSettings):
     )
     workers: str = option(
         "auto", "how many model workers: N, MIN:MAX, or auto for one a GPU or all CPUs", "Workers", "N"
+    )
+    engine: Literal["auto", "native", "torch", "compiled"] = option(
+        "auto",
+        "what computes the network: native (CPU kernels), torch, or compiled (by torch.compile, once for each shape); "
+        "all give the same masks (default: auto, the fastest that is there)",
+        "Workers",
+        "NAME",
     )
     cpus_per_worker: int | None = option(None, "CPUs and model threads of a worker (default: up to 4)", "Workers", "N")
     gpus_per_worker: float | None = option(

@@ -20,8 +20,10 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
+import torch
 
 from model.checkpoint import Checkpoint, load_checkpoint, model_version
+from model.predictor import EngineError, choose_engine
 from pipeline import schema
 from pipeline.cluster import FAILED_SHARDS, Workers, check_network, ray_session, size_workers
 from pipeline.commit import Run, Totals, add, claimed, unfinished
@@ -70,6 +72,7 @@ def segment(settings: SegmentSettings, listener: Listener) -> Result:
     checkpoint = read_checkpoint(settings)
     output = Store(settings.output, settings)
     output.check_writable()
+    check_engine(settings, checkpoint)
     version = model_version(checkpoint.digest, settings.mask_settings())
     source = public_url(Store(settings.input, settings).uri(""))
     origin = Origin(source, settings.include, settings.exclude, settings.policy, version)
@@ -87,6 +90,16 @@ def segment(settings: SegmentSettings, listener: Listener) -> Result:
     started = time.time()
     before = segment_shards(settings, checkpoint, run, origin.model_version, total, listener)
     return Result(commit(settings, checkpoint, run, origin, started, before), is_new=True)
+
+
+def check_engine(settings: SegmentSettings, checkpoint: Checkpoint) -> None:
+    """Raise `ConfigurationError` where the kernels are asked for and cannot be had."""
+    if settings.engine == "native":
+        device = torch.device("cuda" if settings.gpus_per_worker else "cpu")
+        try:
+            choose_engine(settings.engine, device, checkpoint.model.config)
+        except EngineError as error:
+            raise ConfigurationError(str(error)) from None
 
 
 def read_checkpoint(settings: PlanSettings) -> Checkpoint:

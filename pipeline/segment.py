@@ -60,6 +60,14 @@ class Loaded:
     failure: BaseException | None = None  # of the store, when it is to blame
 
 
+@dataclass(frozen=True)
+class Running:
+    """A batch that a device works on, and how to wait for it."""
+
+    batch: list[Loaded]
+    wait: Callable[[], list[Segmentation]]
+
+
 class Segmenter:
     """A Ray Data UDF: rows {"shard": n} in, the same rows out once their objects are in the output.
 
@@ -72,7 +80,8 @@ class Segmenter:
         loaded: Checkpoint = ray.get(checkpoint)
         self.job, self.hub, self.labels = job, hub, loaded.labels
         self.policy = parse_policy(settings.policy)
-        self.predictor = Predictor(loaded, job.device)
+        self.predictor = Predictor(loaded, job.device, settings.engine, settings.precision)
+        self.batch_pixels = settings.batch_pixels or self.predictor.batch_pixels()
         self.source = Store(settings.input, settings)
         self.run = Run(Store(settings.output, settings), job.run_id)
         self.plan = self.run.open_plan()
@@ -111,7 +120,9 @@ class Segmenter:
                 self.hub.progress.remote(shard, len(outcomes), bad)
         ordered = [outcomes[number] for number in range(len(images))]
         totals = replace(
-            self.summarise(images, ordered), batches=clock.count["infer"], stage_seconds=dict(clock.seconds)
+            self.summarise(images, ordered),
+            batches=clock.count["infer"] + clock.count["compile"],
+            stage_seconds=dict(clock.seconds),
         )
         job = self.job
         rows = [row(*pair, self.labels, job.model_version, job.run_id) for pair in zip(images, ordered, strict=True)]
@@ -173,6 +184,7 @@ class Segmenter:
     ) -> Iterator[tuple[int, Outcome, Segmentation | None]]:
         """Run the network over batches of one size; what has no pixels passes through."""
         waiting: dict[tuple[int, int], list[Loaded]] = {}
+        running: deque[Running] = deque()  # one more than is waited for, so that a GPU never waits for its next batch
         failure, fetched = None, False
         for item in loaded:
             failure, fetched = item.failure or failure, fetched or item.failure is None
@@ -182,18 +194,30 @@ class Segmenter:
             size = (item.pixels.shape[0], item.pixels.shape[1])
             batch = waiting.setdefault(size, [])
             batch.append(item)
-            if len(batch) == batch_size(*size, self.job.settings.batch_pixels):
-                yield from self.predict_batch(waiting.pop(size), clock)
+            if len(batch) == batch_size(*size, self.batch_pixels):
+                running.append(self.start(waiting.pop(size), clock))
+                if len(running) > 1:
+                    yield from self.collect(running.popleft(), clock)
         for batch in waiting.values():
-            yield from self.predict_batch(batch, clock)
+            running.append(self.start(batch, clock))
+            yield from self.collect(running.popleft(), clock)
+        for rest in running:
+            yield from self.collect(rest, clock)
         if failure and not fetched and not self.store_answers():  # one object can be at fault, all of them cannot
             raise failure
 
-    def predict_batch(self, batch: list[Loaded], clock: "Stopwatch") -> Iterator[tuple[int, Outcome, Segmentation]]:
+    def start(self, batch: list[Loaded], clock: "Stopwatch") -> Running:
+        """Hand a batch to the device."""
         sizes = [(item.outcome.height or 0, item.outcome.width or 0) for item in batch]
-        with clock.time("infer"):
-            found = self.predictor(np.stack([item.pixels for item in batch if item.pixels is not None]), sizes)
-        for item, segmentation in zip(batch, found, strict=True):
+        pixels = np.stack([item.pixels for item in batch if item.pixels is not None])
+        with clock.time("infer" if self.predictor.is_ready_for(pixels.shape) else "compile"):
+            return Running([replace(item, pixels=None) for item in batch], self.predictor.start(pixels, sizes))
+
+    def collect(self, running: Running, clock: "Stopwatch") -> Iterator[tuple[int, Outcome, Segmentation]]:
+        """What the device has found in a batch."""
+        with clock.time("collect"):
+            found = running.wait()
+        for item, segmentation in zip(running.batch, found, strict=True):
             yield item.number, item.outcome, segmentation
 
     def encode(
@@ -213,6 +237,7 @@ class Segmenter:
         return Totals(
             images=len(images),
             statuses=dict(Counter(outcome.status for outcome in outcomes)),
+            engines={str(self.predictor): len(segmentations)},
             input_bytes=sum(image.bytes for image in images),
             output_bytes=sum(len(outcome.mask or b"") for outcome in outcomes),
             pixels=int(pixels.sum()),

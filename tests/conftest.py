@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run in Python, on the CPU
+
 import fsspec
 import numpy as np
 import pytest
