@@ -28,7 +28,7 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Ten
     return mask if classes <= 256 else mask.to(torch.uint16), pixels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["h", "w", "classes", "height", "width"])  # a 1 would become a constant without a type
 def argmax_kernel(
     logits,
     mask,

@@ -42,7 +42,10 @@ def library() -> ctypes.CDLL | None:
     found = [path for name in names if (path := Path(__file__).with_name(f"{name}{suffix}")).exists()]
     if not found:
         return None
-    kernels = ctypes.CDLL(str(found[0]))  # its OpenMP is the one that PyTorch has brought
+    try:
+        kernels = ctypes.CDLL(str(found[0]))
+    except OSError:  # their OpenMP is PyTorch's, and this PyTorch has brought none that they know
+        return None
     for name, arguments in ARGUMENTS.items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = arguments, COUNT if name == "panel_bytes" else None

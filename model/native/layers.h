@@ -35,9 +35,6 @@ void normalise(const float* from, long rows, long channels, const Norm& norm, ty
     }
 }
 
-// How many rows of `width` tokens make a block that is worth a product.
-inline long rows_of(long width, long tokens) { return std::max(1L, tokens / width); }
-
 // Overlapping patches: a strided convolution as a product, then LayerNorm on the tokens.
 struct PatchEmbeddings {
     Linear conv;  // in: (kernel y, kernel x and channel, the two rounded up to whole units)
@@ -99,7 +96,7 @@ void keys_and_values(const Attention& layer, const float* tokens, long n, long h
     using T = typename P::T;
     const long r = layer.reduction, c = layer.query.in;
     const long small_h = std::max(1L, h / r), small_w = std::max(1L, w / r);
-    const long rows = rows_of(small_w, 32), steps = (small_h + rows - 1) / rows;
+    const long rows = std::max(1L, 32 / small_w), steps = (small_h + rows - 1) / rows;
 #pragma omp parallel for schedule(dynamic)
     for (long item = 0; item < n * steps; item++) {
         const long image = item / steps, first = item % steps * rows, count = std::min(rows, small_h - first);

@@ -1,10 +1,12 @@
 """The network equals the reference implementation, whatever the size of the image."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from model.checkpoint import load_checkpoint
+from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, load_checkpoint
+from model.predictor import Predictor
 from model.segformer import VARIANTS, PatchEmbeddings, Segformer, variant
 from model.upsample import upsampled_argmax
 from tests.model.reference import reference
@@ -34,6 +36,21 @@ def test_logits_and_masks_equal_those_of_transformers(pair, size):
     masks = processor.post_process_semantic_segmentation(expected, target_sizes=[target])
     mask, _ = upsampled_argmax(logits[0].permute(1, 2, 0), target)
     assert torch.equal(mask.long(), masks[0])
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_masks_of_images_equal_those_of_transformers(tmp_path, engine):
+    network = reference("b0")
+    network.save_pretrained(tmp_path)
+    images = np.random.default_rng(4).integers(0, 256, (2, 512, 480, 3), dtype=np.uint8)
+    pixels = (torch.from_numpy(images) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    with torch.inference_mode():
+        expected = network(pixel_values=pixels.permute(0, 3, 1, 2))
+    sizes = [(1021, 777), (300, 200)]
+    masks = transformers.SegformerImageProcessor().post_process_semantic_segmentation(expected, target_sizes=sizes)
+    predict = Predictor(load_checkpoint(str(tmp_path)), engine=engine, precision="float32")
+    for found, mask in zip(predict(images, sizes), masks, strict=True):
+        assert (found.mask == mask.numpy()).mean() >= 0.9999
 
 
 @pytest.mark.parametrize("name", VARIANTS)
