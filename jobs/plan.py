@@ -1,5 +1,6 @@
 """Show what a run would do: shards, buckets, how full its batches are, how large its output. A dry run.
 
+Batches are those of a CPU, unless --batch-pixels says how large they are on the GPU to come.
 It brings the index in OUTPUT up to date and writes nothing else.
 
   swath plan s3://bucket/photos s3://bucket/masks --checkpoint s3://bucket/models/b2

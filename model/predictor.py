@@ -19,7 +19,7 @@ from model.checkpoint import Checkpoint
 from model.fused import FusedSegformer
 from model.native.network import NativeSegformer, fits
 from model.segformer import SegformerConfig
-from model.upsample import softmax_statistics, upsampled_argmax
+from model.upsample import has_triton, softmax_statistics, upsampled_argmax
 
 ENGINES = ("auto", "native", "torch", "compiled")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -48,17 +48,22 @@ class Segmentation:
 
 
 class Predictor:
-    """A checkpoint on a device."""
+    """A checkpoint on a device.
+
+    `in_flight` batches may be started before one is waited for: 1 on a GPU, 0 on a CPU, where starting is doing.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, device: str | None = None, engine: str = "auto", precision: str = "auto"
     ):
-        """`device` as PyTorch names it, by default the GPU where there is one; `engine` of `ENGINES`.
+        """`device` is "cpu" or "cuda", by default the GPU where there is one; `engine` is one of `ENGINES`.
 
         `precision` is of the matrix products: "auto" is bfloat16 where the hardware multiplies it, else float32.
         Raises `EngineError`.
         """
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() and engine != "native" else "cpu"
+        self.device = torch.device(device)
         self.engine = choose_engine(engine, self.device, checkpoint.model.config)
         self.dtype = choose_precision(precision, self.device)
         self.config = checkpoint.model.config
@@ -70,12 +75,15 @@ class Predictor:
         else:
             self.network = fused.in_precision(self.dtype).to(self.device)
         if self.engine == "compiled":
-            torch._dynamo.config.recompile_limit = 1000  # one for each shape of the plan; else it stops at 8
+            # one for each shape of the plan; by default PyTorch compiles 8, and runs the rest as they are
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
             self.network = torch.compile(fused, dynamic=False)
         if self.device.type == "cuda":
             self.uploads, self.downloads = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+            self.in_flight, self.batch_pixels = 1, gpu_batch_pixels(self.config, self.dtype, self.device)
         else:
             keep_freed_memory()
+            self.in_flight, self.batch_pixels = 0, CPU_BATCH_PIXELS
 
     def __call__(self, images: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[Segmentation]:
         """Segment `images`, uint8 (N, H, W, 3) RGB, into masks of `sizes`: N times (height, width)."""
@@ -117,15 +125,10 @@ class Predictor:
         """Engine and precision: "native float32"."""
         return f"{self.engine} {str(self.dtype).removeprefix('torch.')}"
 
-    def batch_pixels(self) -> int:
-        """How many input pixels are a good batch: enough to fill the device, and half of its free memory at most."""
-        if self.device.type != "cuda":
-            return CPU_BATCH_PIXELS
-        free, _ = torch.cuda.mem_get_info(self.device)
-        config = self.config
-        widest = max(config.decoder_size, config.hidden_sizes[0] * config.mlp_ratios[0], config.labels)
-        held = ARRAYS_HELD * widest * self.dtype.itemsize / config.strides[0] ** 2  # bytes a pixel
-        return max(1, min(GPU_BATCH_PIXELS, int(free / 2 / held)))
+    def batch_size(self, height: int, width: int, pixels: int) -> int:
+        """How many images of this input size make a batch of up to `pixels`; a power of two where it is compiled."""
+        count = max(1, pixels // (height * width))
+        return 1 << (count.bit_length() - 1) if self.engine == "compiled" else count
 
     def upload(self, images: Tensor) -> Tensor:
         """Images to the GPU beside its work, from pinned memory, which PyTorch keeps for the next batch."""
@@ -169,6 +172,14 @@ def summarise(
     )
 
 
+def gpu_batch_pixels(config: SegformerConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """How many input pixels are a good batch: enough to fill a GPU, and half of its free memory at most."""
+    free, _ = torch.cuda.mem_get_info(device)
+    widest = max(config.decoder_size, config.hidden_sizes[0] * config.mlp_ratios[0], config.labels)
+    held = ARRAYS_HELD * widest * dtype.itemsize / config.strides[0] ** 2  # bytes a pixel
+    return max(1, min(GPU_BATCH_PIXELS, int(free / 2 / held)))
+
+
 def whole_batch(images: int) -> int:
     """The batch that so many images are filled up to for a compiled network, as each shape is compiled: 2**n."""
     return 1 << (images - 1).bit_length()
@@ -178,15 +189,17 @@ def choose_engine(engine: str, device: torch.device, config: SegformerConfig) ->
     """The engine that `engine` means on `device`, for a network of this configuration. Raises `EngineError`."""
     if engine not in ENGINES:
         raise EngineError(f"engine {engine!r} is none of {', '.join(ENGINES)}")
+    if device.type not in ("cpu", "cuda"):
+        raise EngineError(f"device {device.type!r} is neither cpu nor cuda")
     obstacle = ""
     if device.type != "cpu":
         obstacle = "runs on CPUs only"
     elif not fits(config):
         obstacle = "wants channels in multiples of 16, and this network has others"
     elif native.library() is None:
-        obstacle = "was not built for this machine's processor: install a C++ compiler, then Swath again"
+        obstacle = "is not built here (x86-64 with AVX2 and g++ when Swath is installed)"
     if engine == "auto":
-        return "native" if not obstacle else "compiled" if device.type == "cuda" else "torch"
+        return "native" if not obstacle else "compiled" if device.type == "cuda" and has_triton() else "torch"
     if engine == "native" and obstacle:
         raise EngineError(f"engine 'native' {obstacle}; or use engine 'torch'")
     return engine
@@ -198,7 +211,7 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
         raise EngineError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     if precision == "auto":
         on_cpu = torch.cpu._is_avx512_bf16_supported
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else on_cpu()
+        fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else on_cpu()
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
@@ -209,7 +222,8 @@ def keep_freed_memory() -> None:
     A forward pass frees and asks again for the same tens of megabytes; by default each time the kernel takes the pages
     back and clears them anew, which costs as much as a third of the arithmetic.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
     if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(m_arena_max, 4)  # else each of the worker's threads keeps what it has freed to itself
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)

@@ -7,7 +7,11 @@ portable form, which both are tested against, as many classes as fit `STRIP_BYTE
 Bilinear samples are PyTorch's (`align_corners=False`), and equal logits go to the smaller class.
 """
 
+import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,13 +39,20 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Ten
     The mask is (height, width), uint8 for up to 256 classes and uint16 above; the counts are int64 (K,).
     """
     kernels = native.library()
-    if logits.is_cuda:
+    if logits.is_cuda and has_triton():
         from model.upsample_triton import upsampled_argmax as on_gpu  # noqa: PLC0415  (Triton comes with CUDA only)
 
         return on_gpu(logits, size)
-    if kernels:
+    if kernels and not logits.is_cuda:
         return native_argmax(kernels, logits, size)
     return portable_argmax(logits, size)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is there, and the C compiler that it wants."""
+    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    return compiler and importlib.util.find_spec("triton") is not None
 
 
 def softmax_statistics(logits: Tensor) -> Statistics:

@@ -22,9 +22,9 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Ten
     pixels = torch.zeros(classes, dtype=torch.int64, device=logits.device)
     bins = triton.next_power_of_2(max(classes, 16))
     grid = (triton.cdiv(height * width, BLOCK_PIXELS),)
-    argmax_kernel[grid](
-        logits, mask, pixels, *logits.shape, height, width, bins, BLOCK_PIXELS=BLOCK_PIXELS, BLOCK_CLASSES=BLOCK_CLASSES
-    )
+    blocks = {"BLOCK_PIXELS": BLOCK_PIXELS, "BLOCK_CLASSES": BLOCK_CLASSES}
+    with torch.cuda.device_of(logits):  # a launch goes to the current device
+        argmax_kernel[grid](logits, mask, pixels, *logits.shape, height, width, bins, **blocks)
     return mask if classes <= 256 else mask.to(torch.uint16), pixels
 
 

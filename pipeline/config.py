@@ -116,15 +116,16 @@ class PlanSettings(IndexSettings):
     max_pixels: int = option(
         100_000_000, "an image with more pixels gets a row with status too_large and is not decoded", "Model", "N"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto",
-        "of the matrix products: auto, float32 or bfloat16 (default: auto, bfloat16 where a worker's hardware has it)",
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "of the matrix products; bfloat16 is much faster on GPUs and CPUs that have it, and changes a few pixels of a "
+        "mask in a thousand",
         "Model",
         "NAME",
     )
     batch_pixels: int | None = option(
         None,
-        "network input pixels in one batch (default: 8 images of 512x512 on a CPU, by memory on a GPU)",
+        "network input pixels in one batch (default: 8 images of 512x512; on a GPU by its memory)",
         "Model",
         "N",
     )
@@ -162,13 +163,16 @@ class SegmentSettings(PlanSettings):
     engine: Literal["auto", "native", "torch", "compiled"] = option(
         "auto",
         "what computes the network: native (CPU kernels), torch, or compiled (by torch.compile, once for each shape); "
-        "all give the same masks (default: auto, the fastest that is there)",
+        "their masks are the same but for rounding (default: auto, the fastest that is there)",
         "Workers",
         "NAME",
     )
     cpus_per_worker: int | None = option(None, "CPUs and model threads of a worker (default: up to 4)", "Workers", "N")
     gpus_per_worker: float | None = option(
-        None, "GPUs of a worker, 0.5 for two on one (default: 1 where the cluster has any, else 0)", "Workers", "N"
+        None,
+        "GPUs of a worker, 0.5 for two on one (default: 1 where there are any, else 0; 0 with --engine native)",
+        "Workers",
+        "N",
     )
     ray_address: str | None = option(
         None, "Ray cluster to run on (default: RAY_ADDRESS, else a local Ray for this run)", "Workers", "ADDRESS"

@@ -25,7 +25,7 @@ import torch
 from model.checkpoint import Checkpoint, load_checkpoint, model_version
 from model.predictor import EngineError, choose_engine
 from pipeline import schema
-from pipeline.cluster import FAILED_SHARDS, Workers, check_network, ray_session, size_workers
+from pipeline.cluster import FAILED_SHARDS, Workers, check_network, ray_address, ray_session, size_workers
 from pipeline.commit import Run, Totals, add, claimed, unfinished
 from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
 from pipeline.index import summary, update_index
@@ -93,8 +93,8 @@ def segment(settings: SegmentSettings, listener: Listener) -> Result:
 
 
 def check_engine(settings: SegmentSettings, checkpoint: Checkpoint) -> None:
-    """Raise `ConfigurationError` where the kernels are asked for and cannot be had."""
-    if settings.engine == "native":
+    """Raise `ConfigurationError` where the kernels are asked for and this machine, which does the work, has none."""
+    if settings.engine == "native" and not ray_address(settings):
         device = torch.device("cuda" if settings.gpus_per_worker else "cpu")
         try:
             choose_engine(settings.engine, device, checkpoint.model.config)
@@ -175,7 +175,7 @@ def segment_shards(
         for shard, totals in zip(done, run.totals(done), strict=True):
             hub.finish.remote(shard, totals)
         listener.say(f"run {run.id} on {workers}; metrics: {serve_metrics(settings, hub)}")
-        job = Job(settings, run.id, version, threads=workers.cpus, device="cuda" if workers.gpus else "cpu")
+        job = Job(settings, run.id, version, threads=workers.cpus, gpus=workers.gpus)
         with watching(hub, images, listener):
             errors = failed_shards(build_dataset(todo, job, checkpoint, hub, workers))
     missing = sorted(set(range(shards)) - set(run.done()))
@@ -236,8 +236,7 @@ def commit(
         "input": origin.input,
         "checkpoint": public_url(settings.checkpoint),
         "model_version": origin.model_version,
-        "settings": settings.mask_settings()
-        | {"max_pixels": settings.max_pixels, "batch_pixels": settings.batch_pixels},
+        "settings": settings.mask_settings() | {"batch_pixels": settings.batch_pixels or "by device"},
         "labels": checkpoint.labels.names,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "finished": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),

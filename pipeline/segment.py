@@ -27,7 +27,7 @@ from pipeline.commit import Run, Totals
 from pipeline.config import SegmentSettings
 from pipeline.decode import DecodeError, decode, resize
 from pipeline.masks import encode_mask
-from pipeline.plan import PlannedImage, batch_size, planned_images
+from pipeline.plan import PlannedImage, planned_images
 from pipeline.policy import parse_policy
 from pipeline.schema import SUMMARY_KEY, Outcome, encode_shard, row
 from pipeline.storage import CREDENTIALS, ERRORS, Store, error_code, reason
@@ -47,7 +47,7 @@ class Job:
     run_id: str
     model_version: str
     threads: int  # of the network, on a CPU
-    device: str  # "cpu" or "cuda"
+    gpus: float  # of a worker; 0 for a CPU
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Segmenter:
         loaded: Checkpoint = ray.get(checkpoint)
         self.job, self.hub, self.labels = job, hub, loaded.labels
         self.policy = parse_policy(settings.policy)
-        self.predictor = Predictor(loaded, job.device, settings.engine, settings.precision)
-        self.batch_pixels = settings.batch_pixels or self.predictor.batch_pixels()
+        self.predictor = Predictor(loaded, "cuda" if job.gpus else "cpu", settings.engine, settings.precision)
+        self.batch_pixels = settings.batch_pixels or int(self.predictor.batch_pixels * min(1, job.gpus or 1))
         self.source = Store(settings.input, settings)
         self.run = Run(Store(settings.output, settings), job.run_id)
         self.plan = self.run.open_plan()
@@ -184,7 +184,7 @@ class Segmenter:
     ) -> Iterator[tuple[int, Outcome, Segmentation | None]]:
         """Run the network over batches of one size; what has no pixels passes through."""
         waiting: dict[tuple[int, int], list[Loaded]] = {}
-        running: deque[Running] = deque()  # one more than is waited for, so that a GPU never waits for its next batch
+        running: deque[Running] = deque()
         failure, fetched = None, False
         for item in loaded:
             failure, fetched = item.failure or failure, fetched or item.failure is None
@@ -194,9 +194,9 @@ class Segmenter:
             size = (item.pixels.shape[0], item.pixels.shape[1])
             batch = waiting.setdefault(size, [])
             batch.append(item)
-            if len(batch) == batch_size(*size, self.batch_pixels):
+            if len(batch) == self.predictor.batch_size(*size, self.batch_pixels):
                 running.append(self.start(waiting.pop(size), clock))
-                if len(running) > 1:
+                if len(running) > self.predictor.in_flight:
                     yield from self.collect(running.popleft(), clock)
         for batch in waiting.values():
             running.append(self.start(batch, clock))

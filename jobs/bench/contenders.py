@@ -4,7 +4,6 @@ Each is a function from a case to a function from images to masks. What a peer w
 exported graph) is prepared outside of the time that is taken; ours begin at uint8 pixels.
 """
 
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ class Case:
         return self.images.shape[1], self.images.shape[2]
 
 
-Found = tuple[Any, Any]  # masks (N, H, W); logits (N, K, h, w), or None where a peer does not give them
+Found = tuple[Any, Any]  # masks (N, H, W); logits (N, K, h, w)
 Run = Callable[[], Found]
 
 
@@ -72,38 +71,43 @@ def transformers_(case: Case, attention: str, dtype: torch.dtype = torch.float32
     return lambda: to_mask(pixels)
 
 
-def exported(case: Case) -> tuple[str, np.ndarray]:
-    """transformers' network as an ONNX file, and its input."""
+def exported(case: Case) -> tuple[bytes, np.ndarray]:
+    """transformers' network as an ONNX graph, and its input."""
     network, pixels = peer(case, "sdpa")
-    path = os.path.join(tempfile.mkdtemp(), "segformer.onnx")
-    torch.onnx.export(ToMask(network, case.size), (pixels,), path, dynamo=False, opset_version=17)
-    return path, pixels.numpy()
+    return onnx_file(ToMask(network, case.size), pixels), pixels.numpy()
+
+
+def onnx_file(network: nn.Module, example: Tensor) -> bytes:
+    """A network as an ONNX graph for inputs of the example's shape."""
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        torch.onnx.export(network, (example,), file.name, dynamo=False, opset_version=17)
+        return file.read()
 
 
 def onnx_runtime(case: Case) -> Run:
     import onnxruntime  # noqa: PLC0415
 
-    path, pixels = exported(case)
+    graph, pixels = exported(case)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = case.threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda: tuple(session.run(None, {name: pixels}))
 
 
-def openvino_network(path: str, case: Case, precision: str | None) -> Any:
+def openvino_network(graph: bytes, case: Case, precision: str | None) -> Any:
     import openvino  # noqa: PLC0415
 
     core = openvino.Core()
     options: dict[str, Any] = {"INFERENCE_NUM_THREADS": case.threads, "PERFORMANCE_HINT": "LATENCY"}
     if precision:
         options["INFERENCE_PRECISION_HINT"] = precision
-    return core.compile_model(core.read_model(path), "CPU", options).create_infer_request()
+    return core.compile_model(core.read_model(graph, b""), "CPU", options).create_infer_request()
 
 
 def openvino(case: Case, precision: str | None) -> Run:
-    path, pixels = exported(case)
-    request = openvino_network(path, case, precision)
+    graph, pixels = exported(case)
+    request = openvino_network(graph, case, precision)
 
     def run() -> Found:
         results = list(request.infer([pixels]).values())
@@ -115,9 +119,7 @@ def openvino(case: Case, precision: str | None) -> Run:
 def folded_openvino(case: Case) -> Run:
     """Our folded graph in OpenVINO, our upsampling behind it: would it make a better engine?"""
     fused, images = ours(case)
-    path = os.path.join(tempfile.mkdtemp(), "folded.onnx")
-    torch.onnx.export(fused, (images,), path, dynamo=False, opset_version=17)
-    request = openvino_network(path, case, None)
+    request = openvino_network(onnx_file(fused, images), case, None)
 
     def run() -> Found:
         return to_masks(torch.from_numpy(next(iter(request.infer([case.images]).values()))), case)

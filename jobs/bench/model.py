@@ -14,10 +14,12 @@ import json
 import multiprocessing as mp
 import os
 import platform
+import shlex
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -65,16 +67,34 @@ def read_options() -> Any:
         prog="python -m jobs.bench.model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variant", choices=VARIANTS, default="b0", help="network (default: b0)")
-    parser.add_argument("--size", default="512x512", metavar="HEIGHTxWIDTH", help="of the images (default: 512x512)")
-    parser.add_argument("--batch", default="1,8", help="batch sizes, with commas between (default: 1,8)")
+    parser.add_argument(
+        "--size", type=numbers("x", 2), default="512x512", metavar="HEIGHTxWIDTH", help="of images (default: 512x512)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=numbers(","),
+        default="1,8",
+        metavar="N,N",
+        help="batch sizes, with commas between (default: 1,8)",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each contender (default: all CPUs)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default: 7)")
     parser.add_argument("--only", action="append", metavar="TEXT", help="contenders whose name has TEXT; repeatable")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    options = parser.parse_args()
-    options.size = tuple(int(side) for side in options.size.split("x"))
-    options.batch = [int(count) for count in options.batch.split(",")]
-    return options
+    return parser.parse_args()
+
+
+def numbers(separator: str, count: int | None = None) -> Callable[[str], tuple[int, ...]]:
+    """What reads so many positive numbers, as argparse wants it."""
+
+    def read(text: str) -> tuple[int, ...]:
+        found = tuple(int(part) for part in text.split(separator))
+        if min(found) < 1 or len(found) != (count or len(found)):
+            raise ValueError
+        return found
+
+    read.__name__ = "size" if count else "list of numbers"  # argparse says "invalid size value: ..."
+    return read
 
 
 def compete(options: Any, case: Case) -> list[dict[str, Any]]:
@@ -126,10 +146,10 @@ class Contender:
         there.close()
 
     def ask(self, question: str) -> Any:
-        self.here.send(question)
         try:
+            self.here.send(question)
             return self.here.recv()
-        except EOFError:
+        except (EOFError, OSError):
             sys.exit(f"{self.name} failed; its error is above")
 
     def stop(self) -> None:
@@ -169,7 +189,10 @@ def agreement(found: Any, expected: Any) -> dict[str, float]:
 
 
 class Floor:
-    """What no implementation of the folded network in float32 can beat here: operations over measured speed."""
+    """What no implementation of the folded network can beat here: operations over measured speed.
+
+    In float32 on a CPU, in bfloat16 on a GPU.
+    """
 
     def __init__(self, config: SegformerConfig, size: tuple[int, int], threads: int, device: str):
         self.operations = operations(config, size)
@@ -260,7 +283,7 @@ def heading(options: Any) -> str:
     return (
         f"# {sizes}: image to full-size mask\n\n{processor(options.device)}, {options.threads} threads; "
         f"Python {platform.python_version()}, {versions}.\n\n"
-        f"`python -m jobs.bench.model {' '.join(sys.argv[1:])}`, medians of {options.rounds} interleaved runs.\n"
+        f"`python -m jobs.bench.model {shlex.join(sys.argv[1:])}`, medians of {options.rounds} interleaved runs.\n"
     )
 
 

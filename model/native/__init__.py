@@ -35,7 +35,7 @@ ARGUMENTS = {  # as in kernels.cpp
 def library() -> ctypes.CDLL | None:
     """The kernels for this CPU, or None."""
     capability = torch.backends.cpu.get_cpu_capability()
-    names = {"AVX2": ["avx2"], "AVX512": ["avx512"]}.get(capability, [])
+    names = {"AVX2": ["avx2"], "AVX512": ["avx512", "avx2"]}.get(capability, [])
     if torch.cpu._is_avx512_bf16_supported():
         names.insert(0, "avx512_bf16")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")

@@ -16,6 +16,7 @@ from model.native import library
 from model.segformer import SegformerConfig
 
 CHANNELS = 16  # floats in the widest register: the kernels want all channels to be a multiple of it
+STAGES = 5  # at most
 LOG2E = 1.4426950408889634
 
 
@@ -56,7 +57,9 @@ class Map(Structure):
 
 def fits(config: SegformerConfig) -> bool:
     """Whether the kernels can compute a network of this configuration; they can for every published one."""
-    return not any(size % CHANNELS for size in (*config.hidden_sizes, config.decoder_size))
+    narrow = any(size % CHANNELS for size in (*config.hidden_sizes, config.decoder_size))
+    odd = any(size // heads % 2 for size, heads in zip(config.hidden_sizes, config.heads, strict=True))
+    return not narrow and not odd and len(config.depths) <= STAGES
 
 
 class NativeSegformer:
@@ -145,10 +148,8 @@ class NativeSegformer:
             norm=self.norm(block.norm1),
             query=self.linear(attention.query.weight.double() * scale, attention.query.bias.double() * scale),
             key_value=self.linear(
-                *(
-                    torch.cat([getattr(layer, part) for layer in (attention.key, attention.value)])
-                    for part in ("weight", "bias")
-                )
+                torch.cat([attention.key.weight, attention.value.weight]),
+                torch.cat([attention.key.bias, attention.value.bias]),
             ),
             output=self.linear(attention.output.weight, attention.output.bias),
             heads=attention.heads,

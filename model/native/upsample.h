@@ -141,6 +141,7 @@ inline void softmax_sums(const float* logits, long count, long k, int64_t* won, 
                 const float normaliser = sum(weights);
                 const long winner = std::find(row.begin(), row.begin() + k - 1, best) - row.begin();
                 wins[winner]++;
+                if (!(normaliser >= 1)) continue;  // logits that are not numbers have no sums
                 sums[winner] += int64_t(4294967296.0 / normaliser);
                 total += int64_t(4294967296.0 * (std::log(normaliser) - sum(moments) / normaliser));
             }

@@ -115,3 +115,4 @@ def test_folding_leaves_the_readable_form_as_it_was():
 def test_every_published_variant_fits_the_kernels_and_odd_channels_do_not():
     assert all(fits(variant(name, labels=7)) for name in ("b0", "b1", "b2", "b3", "b4", "b5"))
     assert not fits(replace(SMALL, hidden_sizes=(24, 48, 96, 120)))
+    assert not fits(replace(SMALL, heads=(32, 2, 3, 4)))

@@ -17,7 +17,7 @@ from pipeline.config import SegmentSettings
 def test_masks_have_the_size_asked_for_and_counts_are_their_histogram(checkpoint, engine):
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
     sizes = [(64, 96), (301, 77), (1, 1)]
-    for found, size in zip(Predictor(load_checkpoint(checkpoint), engine=engine)(images, sizes), sizes, strict=True):
+    for found, size in zip(Predictor(load_checkpoint(checkpoint), "cpu", engine)(images, sizes), sizes, strict=True):
         assert found.mask.shape == size
         assert found.mask.dtype == np.uint8
         assert np.array_equal(np.bincount(found.mask.ravel(), minlength=5), found.pixels)
@@ -28,11 +28,12 @@ def test_masks_have_the_size_asked_for_and_counts_are_their_histogram(checkpoint
 def test_engines_agree(checkpoint):
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
     loaded = load_checkpoint(checkpoint)
-    predictors = [Predictor(loaded, engine=engine, precision="float32") for engine in ("torch", "native", "compiled")]
+    predictors = [Predictor(loaded, "cpu", engine, "float32") for engine in ("torch", "native", "compiled")]
     assert [predict.is_ready_for(images.shape) for predict in predictors] == [True, True, False]
     first, *others = (predict(images, [(200, 300)] * 3) for predict in predictors)
     assert predictors[2].is_ready_for((4, 64, 96, 3))  # three were filled up to four
     assert not predictors[2].is_ready_for((5, 64, 96, 3))
+    assert [predict.batch_size(10, 10, 700) for predict in predictors] == [7, 7, 4]  # so that full batches are whole
     for other in others:
         for ours, theirs in zip(first, other, strict=True):
             assert (ours.mask == theirs.mask).mean() > 0.9999
@@ -45,7 +46,7 @@ def test_a_class_that_wins_nothing_has_no_confidence(checkpoint):
     loaded = load_checkpoint(checkpoint)
     with torch.no_grad():
         loaded.model.decoder.classifier.bias[2] -= 1e4
-    found = Predictor(loaded)(np.zeros((1, 32, 32, 3), np.uint8), [(32, 32)])[0]
+    found = Predictor(loaded, "cpu")(np.zeros((1, 32, 32, 3), np.uint8), [(32, 32)])[0]
     assert found.pixels[2] == 0
     assert np.isnan(found.class_confidence[2])
     assert np.isfinite(found.class_confidence[found.pixels > 0]).all()
@@ -54,16 +55,16 @@ def test_a_class_that_wins_nothing_has_no_confidence(checkpoint):
 def test_the_settings_offer_the_engines_and_precisions_that_there_are():
     fields = SegmentSettings.model_fields
     assert fields["engine"].annotation.__args__ == ENGINES
-    assert fields["precision"].annotation.__args__ == PRECISIONS
+    assert {"auto", *fields["precision"].annotation.__args__} == set(PRECISIONS)
 
 
 def test_auto_is_the_fastest_engine_that_is_there(checkpoint, monkeypatch):
     loaded = load_checkpoint(checkpoint)
-    assert str(Predictor(loaded, precision="float32")) == "native float32"
-    assert str(Predictor(loaded, precision="bfloat16")) == "native bfloat16"
+    assert str(Predictor(loaded, "cpu", precision="float32")) == "native float32"
+    assert str(Predictor(loaded, "cpu", precision="bfloat16")) == "native bfloat16"
     monkeypatch.setattr(native, "library", lambda: None)
-    assert str(Predictor(loaded, precision="float32")) == "torch float32"
-    with pytest.raises(EngineError, match="install a C\\+\\+ compiler"):
+    assert str(Predictor(loaded, "cpu", precision="float32")) == "torch float32"
+    with pytest.raises(EngineError, match="not built here"):
         Predictor(loaded, engine="native")
     with pytest.raises(EngineError, match="'quick' is none of auto, native"):
         Predictor(loaded, engine="quick")
@@ -79,7 +80,7 @@ from model.predictor import Predictor
 from model.segformer import Segformer, variant
 network = Segformer(variant("b0", labels=150)).eval()
 checkpoint = Checkpoint(network, label_set(["x"] * 150), (0.5,) * 3, (0.5,) * 3, "")
-predict = Predictor(checkpoint, engine=sys.argv[1])
+predict = Predictor(checkpoint, "cpu", sys.argv[1], "float32")
 predict(np.zeros((1, 2048, 2048, 3), np.uint8), [(2048, 2048)])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -48,7 +48,7 @@ def test_masks_of_images_equal_those_of_transformers(tmp_path, engine):
         expected = network(pixel_values=pixels.permute(0, 3, 1, 2))
     sizes = [(1021, 777), (300, 200)]
     masks = transformers.SegformerImageProcessor().post_process_semantic_segmentation(expected, target_sizes=sizes)
-    predict = Predictor(load_checkpoint(str(tmp_path)), engine=engine, precision="float32")
+    predict = Predictor(load_checkpoint(str(tmp_path)), device="cpu", engine=engine, precision="float32")
     for found, mask in zip(predict(images, sizes), masks, strict=True):
         assert (found.mask == mask.numpy()).mean() >= 0.9999
 
