@@ -1,7 +1,7 @@
 """How fast the network is, rung by rung, beside its peers: normalised image to full-size mask.
 
-Every contender lives in a process of its own, with the same threads and the same allocator settings, and they take
-turns: so what disturbs this machine disturbs all of them. Medians are compared, never times of different runs. Beside
+Every contender lives in a process of its own, with the same threads and the same allocator settings, and takes turns
+with the first: so what disturbs this machine disturbs both. Medians are compared, never times of different runs. Beside
 each speed stands its agreement with the reference implementation in float32: share of equal mask pixels and greatest
 difference of a logit, with random weights of 150 classes and with the demo's trained ones (B0).
 
@@ -10,6 +10,7 @@ difference of a logit, with random weights of 150 classes and with the demo's tr
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -19,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -53,7 +54,7 @@ def main() -> None:
         for batch in options.batch:
             scenes = [draw_scene(HELD_OUT + i, options.size[1], options.size[0]).image for i in range(batch)]
             images = np.stack(scenes)
-            rows = compete(options, Case(folder, images, options.threads, options.device))
+            rows = list(compete(options, Case(folder, images, options.threads, options.device)))
             if options.variant == "b0" and batch == options.batch[0]:  # the demo's network is a B0
                 trained = agree(rows, Case(str(WEIGHTS), images, options.threads, options.device))
             print(table(rows, trained, batch, floor), flush=True)
@@ -97,42 +98,37 @@ def numbers(separator: str, count: int | None = None) -> Callable[[str], tuple[i
     return read
 
 
-def compete(options: Any, case: Case) -> list[dict[str, Any]]:
-    """A row for each contender: milliseconds an image, ratio to the first, agreement with the first."""
-    every = contenders(options.device)
-    first, *others = every
-    names = [first, *(name for name in others if not options.only or any(text in name for text in options.only))]
-    processes = {name: Contender(name, case) for name in names}
-    try:
-        found = {name: process.ask("masks") for name, process in processes.items()}
-        taken: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(options.rounds):
-            for name, process in processes.items():
-                taken[name] += process.ask("times")
-    finally:
-        for process in processes.values():
-            process.stop()
-    medians = {name: 1000 * statistics.median(times) / len(case.images) for name, times in taken.items()}
-    return [
-        {
+def compete(options: Any, case: Case) -> Iterator[dict[str, Any]]:
+    """A row for each contender: milliseconds an image, speed and agreement beside the first, in alternating turns."""
+    reference, *others = contenders(options.device)
+    first = Contender(reference, case)
+    expected = first.ask("masks")
+    for name in [reference, *(one for one in others if not options.only or any(text in one for text in options.only))]:
+        other = Contender(name, case)  # two at a time: all at once would not fit the memory
+        found = other.ask("masks")
+        turns = [(first.ask("times"), other.ask("times")) for _ in range(options.rounds)]
+        other.stop()
+        firsts, times = (statistics.median(itertools.chain(*column)) for column in zip(*turns, strict=True))
+        yield {
             "contender": name,
-            "ms": round(medians[name], 1),
-            "times_faster": round(medians[first] / medians[name], 2),
-            "agreement": agreement(found[name], found[first]),
+            "ms": round(1000 * times / len(case.images), 1),
+            "times_faster": round(firsts / times, 2),
+            "agreement": agreement(found, expected),
         }
-        for name in names
-    ]
+    first.stop()
 
 
 def agree(rows: list[dict[str, Any]], case: Case) -> dict[str, dict[str, float]]:
     """The agreement of each contender with the first, on another case."""
-    found = {}
+    expected: Any = None
+    agreed = {}
     for row in rows:
         process = Contender(row["contender"], case)
-        found[row["contender"]] = process.ask("masks")
+        found = process.ask("masks")
         process.stop()
-    expected = next(iter(found.values()))
-    return {name: agreement(masks, expected) for name, masks in found.items()}
+        expected = expected or found
+        agreed[row["contender"]] = agreement(found, expected)
+    return agreed
 
 
 class Contender:
@@ -283,7 +279,8 @@ def heading(options: Any) -> str:
     return (
         f"# {sizes}: image to full-size mask\n\n{processor(options.device)}, {options.threads} threads; "
         f"Python {platform.python_version()}, {versions}.\n\n"
-        f"`python -m jobs.bench.model {shlex.join(sys.argv[1:])}`, medians of {options.rounds} interleaved runs.\n"
+        f"`python -m jobs.bench.model {shlex.join(sys.argv[1:])}`, medians of {options.rounds} turns, each behind one of "
+        "the first.\n"
     )
 
 
