@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+SOURCES := pyproject.toml constraints.txt $(wildcard model/native/*.cpp model/native/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format s3 weights bench-model clean
@@ -35,20 +36,20 @@ bench-model: .venv/benching  ## Time the network beside transformers, ONNX Runti
 	$(BIN)/python -m jobs.bench.model $(BENCH)
 
 clean:  ## Remove what these targets made
-	rm -rf .venv .demo .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf .venv .demo .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info model/native/*.so
 
 .venv/created:
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/installed: .venv/created pyproject.toml constraints.txt $(wildcard model/native/*.cpp model/native/*.h)
+.venv/installed: .venv/created $(SOURCES)
 	$(PIP) -e .
 	@touch $@
 
-.venv/developing: .venv/installed
+.venv/developing: .venv/created $(SOURCES)  # not behind installed: each installation builds the kernels
 	$(PIP) -e '.[dev]'
-	@touch $@
+	@touch .venv/installed $@
 
-.venv/benching: .venv/installed
+.venv/benching: .venv/created $(SOURCES)
 	$(PIP) -e '.[bench]'
-	@touch $@
+	@touch .venv/installed $@

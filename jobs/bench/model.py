@@ -279,8 +279,8 @@ def heading(options: Any) -> str:
     return (
         f"# {sizes}: image to full-size mask\n\n{processor(options.device)}, {options.threads} threads; "
         f"Python {platform.python_version()}, {versions}.\n\n"
-        f"`python -m jobs.bench.model {shlex.join(sys.argv[1:])}`, medians of {options.rounds} turns, each behind one of "
-        "the first.\n"
+        f"`python -m jobs.bench.model {shlex.join(sys.argv[1:])}`, medians of {options.rounds} turns, each of them "
+        "behind one of the first.\n"
     )
 
 
