@@ -201,7 +201,7 @@ def choose_engine(engine: str, device: torch.device, config: SegformerConfig) ->
     if engine == "auto":
         return "native" if not obstacle else "compiled" if device.type == "cuda" and has_triton() else "torch"
     if engine == "native" and obstacle:
-        raise EngineError(f"engine 'native' {obstacle}; or use engine 'torch'")
+        raise EngineError(f"engine 'native' {obstacle}; use engine 'auto'")
     return engine
 
 

@@ -118,8 +118,8 @@ class PlanSettings(IndexSettings):
     )
     precision: Literal["float32", "bfloat16"] = option(
         "float32",
-        "of the matrix products; bfloat16 is much faster on GPUs and CPUs that have it, and changes a few pixels of a "
-        "mask in a thousand",
+        "of the matrix products: float32, or bfloat16, which is much faster on GPUs and CPUs that have it and changes "
+        "a few pixels of a mask in a thousand",
         "Model",
         "NAME",
     )
