@@ -125,10 +125,9 @@ class Predictor:
         """Engine and precision: "native float32"."""
         return f"{self.engine} {str(self.dtype).removeprefix('torch.')}"
 
-    def batch_size(self, height: int, width: int, pixels: int) -> int:
-        """How many images of this input size make a batch of up to `pixels`; a power of two where it is compiled."""
-        count = max(1, pixels // (height * width))
-        return 1 << (count.bit_length() - 1) if self.engine == "compiled" else count
+    def full_batch(self, images: int) -> int:
+        """The largest batch of up to `images` that is not filled up: a power of two where it is compiled."""
+        return 1 << (images.bit_length() - 1) if self.engine == "compiled" else images
 
     def upload(self, images: Tensor) -> Tensor:
         """Images to the GPU beside its work, from pinned memory, which PyTorch keeps for the next batch."""

@@ -27,7 +27,7 @@ from pipeline.commit import Run, Totals
 from pipeline.config import SegmentSettings
 from pipeline.decode import DecodeError, decode, resize
 from pipeline.masks import encode_mask
-from pipeline.plan import PlannedImage, planned_images
+from pipeline.plan import PlannedImage, batch_size, planned_images
 from pipeline.policy import parse_policy
 from pipeline.schema import SUMMARY_KEY, Outcome, encode_shard, row
 from pipeline.storage import CREDENTIALS, ERRORS, Store, error_code, reason
@@ -194,7 +194,7 @@ class Segmenter:
             size = (item.pixels.shape[0], item.pixels.shape[1])
             batch = waiting.setdefault(size, [])
             batch.append(item)
-            if len(batch) == self.predictor.batch_size(*size, self.batch_pixels):
+            if len(batch) == self.predictor.full_batch(batch_size(*size, self.batch_pixels)):
                 running.append(self.start(waiting.pop(size), clock))
                 if len(running) > self.predictor.in_flight:
                     yield from self.collect(running.popleft(), clock)

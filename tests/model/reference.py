@@ -14,9 +14,14 @@ def reference(name: str, labels: int = 150) -> transformers.SegformerForSemantic
     )
     torch.manual_seed(len(name) + labels)
     network = transformers.SegformerForSemanticSegmentation(config).eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        network.decode_head.batch_norm.running_mean.normal_()
-        network.decode_head.batch_norm.running_var.uniform_(0.5, 2)
+    unsettle(network, network.decode_head.batch_norm)
     return network
+
+
+@torch.no_grad()
+def unsettle(network: torch.nn.Module, norm: torch.nn.BatchNorm2d) -> None:
+    """Give a network weights, biases and statistics none of which is trivial."""
+    for parameter in network.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)

@@ -15,6 +15,7 @@ from model.fused import FusedSegformer
 from model.native.network import NativeSegformer, fits
 from model.segformer import Segformer, SegformerConfig, variant
 from model.upsample import upsampled_argmax
+from tests.model.reference import unsettle
 
 SMALL = SegformerConfig(
     labels=19, depths=(1, 2, 1, 1), hidden_sizes=(32, 64, 96, 128), decoder_size=64, heads=(1, 2, 3, 4)
@@ -26,11 +27,7 @@ def random_network(config: SegformerConfig) -> Segformer:
     """A network in which no weight, bias or statistic is trivial."""
     torch.manual_seed(config.labels)
     model = Segformer(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        model.decoder.norm.running_mean.normal_()
-        model.decoder.norm.running_var.uniform_(0.5, 2)
+    unsettle(model, model.decoder.norm)
     return model
 
 

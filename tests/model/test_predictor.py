@@ -33,7 +33,7 @@ def test_engines_agree(checkpoint):
     first, *others = (predict(images, [(200, 300)] * 3) for predict in predictors)
     assert predictors[2].is_ready_for((4, 64, 96, 3))  # three were filled up to four
     assert not predictors[2].is_ready_for((5, 64, 96, 3))
-    assert [predict.batch_size(10, 10, 700) for predict in predictors] == [7, 7, 4]  # so that full batches are whole
+    assert [predict.full_batch(7) for predict in predictors] == [7, 7, 4]  # so that full batches are whole
     for other in others:
         for ours, theirs in zip(first, other, strict=True):
             assert (ours.mask == theirs.mask).mean() > 0.9999
