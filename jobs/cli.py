@@ -5,15 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import pyarrow as pa
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from jobs import demo, index, plan, segment
-from model.checkpoint import CheckpointError
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
-from pipeline.run import IncompleteRunError
-from pipeline.storage import ERRORS, reason
 
 JOBS = {"segment": segment, "index": index, "plan": plan, "demo": demo}
 EPILOGUE = """\
@@ -52,18 +48,36 @@ def guarded(work: Callable[[], int]) -> int:
     """The exit code of `work`, with everything a person can act on said in one line."""
     try:
         return work()
-    except (ConfigurationError, CheckpointError) as error:
+    except ConfigurationError as error:
         print(f"swath: error: {error}", file=sys.stderr)
         return 2
-    except IncompleteRunError as error:
-        print(f"swath: {error}", file=sys.stderr)
-        return 1
-    except (*ERRORS, pa.ArrowException) as error:  # a full disk, a store that went away, a damaged file of ours
-        print(f"swath: error: {type(error).__name__}: {reason(error)}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("swath: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not (explained := explain(error)):
+            raise
+        code, message = explained
+        print(f"swath: {message}", file=sys.stderr)
+        return code
+
+
+def explain(error: Exception) -> tuple[int, str] | None:
+    """Exit code and words for what a job is known to raise; the classes come with what the job has imported."""
+    import pyarrow as pa
+
+    from model.checkpoint import CheckpointError
+    from pipeline.run import IncompleteRunError
+    from pipeline.storage import ERRORS, reason
+
+    match error:
+        case CheckpointError():
+            return 2, f"error: {error}"
+        case IncompleteRunError():
+            return 1, str(error)
+    if isinstance(error, (*ERRORS, pa.ArrowException)):  # a full disk, a store that went away, a damaged file of ours
+        return 1, f"error: {type(error).__name__}: {reason(error)}"
+    return None
 
 
 def add_job(jobs: Any, name: str, job: Any) -> Parser:

@@ -12,19 +12,16 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
-import pyarrow.dataset
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
 from jobs.display import Display, example_query, print_record
-from jobs.scenes.draw import CLASSES, PALETTE, draw_scene
-from jobs.scenes.train import TRAINING_SEEDS
+from jobs.scenes.draw import CLASSES, PALETTE, TRAINING_SEEDS, draw_scene
 from model.labels import label_set
 from pipeline.config import ConfigurationError, SegmentSettings, option
 from pipeline.masks import decode_mask, overlay
-from pipeline.run import segment
 
 WEIGHTS = Path(__file__).parent / "scenes" / "weights"
 SHAPES = (
@@ -54,6 +51,10 @@ SETTINGS = DemoSettings
 
 
 def run(settings: DemoSettings) -> int:
+    import pyarrow.dataset
+
+    from pipeline.run import segment
+
     if not 1 <= settings.images <= TRAINING_SEEDS:
         raise ConfigurationError(f"images: must be from 1 to {TRAINING_SEEDS:,} (got {settings.images})")
     folder = fresh_folder(Path(settings.folder))

@@ -9,13 +9,14 @@ from collections import Counter
 
 from jobs.display import Display, size
 from pipeline.config import IndexSettings
-from pipeline.index import summary, update_index
-from pipeline.storage import Store
 
 SETTINGS = IndexSettings
 
 
 def run(settings: IndexSettings) -> int:
+    from pipeline.index import summary, update_index
+    from pipeline.storage import Store
+
     source, output = Store(settings.input, settings), Store(settings.output, settings)
     output.check_writable()
     with Display() as display:

@@ -10,17 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.display import Display, size
-from model.checkpoint import model_version
-from model.predictor import CPU_BATCH_PIXELS
 from pipeline.config import PlanSettings
-from pipeline.plan import summarise
-from pipeline.run import index_and_plan, read_checkpoint
-from pipeline.storage import Store
 
 SETTINGS = PlanSettings
 
 
 def run(settings: PlanSettings) -> int:
+    from model.checkpoint import model_version
+    from model.predictor import CPU_BATCH_PIXELS
+    from pipeline.plan import summarise
+    from pipeline.run import index_and_plan, read_checkpoint
+    from pipeline.storage import Store
+
     version = model_version(read_checkpoint(settings).digest, settings.mask_settings())
     output = Store(settings.output, settings)
     output.check_writable()

@@ -11,12 +11,13 @@ an interrupted run goes on where it stopped when the same command is given again
 
 from jobs.display import Display, print_record
 from pipeline.config import SegmentSettings
-from pipeline.run import segment
 
 SETTINGS = SegmentSettings
 
 
 def run(settings: SegmentSettings) -> int:
+    from pipeline.run import segment
+
     with Display() as display:
         result = segment(settings, display)
     if result.record and result.is_new:

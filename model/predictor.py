@@ -7,8 +7,9 @@ From the logits to the mask is `upsample`'s.
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -19,11 +20,12 @@ from model.checkpoint import Checkpoint
 from model.fused import FusedSegformer
 from model.native.network import NativeSegformer, fits
 from model.segformer import SegformerConfig
+from model.segmentation import Segmentation
 from model.upsample import has_triton, softmax_statistics, upsampled_argmax
 
 ENGINES = ("auto", "native", "torch", "compiled")
 PRECISIONS = ("auto", "float32", "bfloat16")
-CPU_BATCH_PIXELS = 8 * 512 * 512  # more gains nothing there
+CPU_BATCH_PIXELS = 512 * 512  # more gains nothing there, and is memory in each lane
 GPU_BATCH_PIXELS = 64 * 512 * 512
 ARRAYS_HELD = 5  # roughly, at once in a forward pass: each of the widest map of the network
 
@@ -32,34 +34,26 @@ class EngineError(ValueError):
     """An engine or precision that is not to be had here; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
-class Segmentation:
-    """What the network says about one image of `height` x `width` pixels with K classes.
-
-    Confidence is the greatest softmax probability (0 to 1), entropy the softmax distribution's in nats (0 to ln K);
-    both are means over the logits' own resolution, a quarter of the network's input.
-    """
-
-    mask: np.ndarray  # (height, width) uint8, or uint16 for more than 256 classes: the class id of each pixel
-    pixels: np.ndarray  # (K,) int64: how many pixels of the mask each class has
-    class_confidence: np.ndarray  # (K,) float32: mean where the class wins; NaN where it wins no logit
-    confidence: float
-    entropy: float
-
-
 class Predictor:
     """A checkpoint on a device.
 
-    `in_flight` batches may be started before one is waited for: 1 on a GPU, 0 on a CPU, where starting is doing.
+    `lanes` threads may call it at once, each with `lane_threads` of PyTorch's. On a CPU a lane is a thread, as two
+    images side by side take less time than two threads on one after the other, which wait for each other in every
+    layer. A GPU has two, so that the copies of one batch overlap with the work on another.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: str | None = None, engine: str = "auto", precision: str = "auto"
+        self,
+        checkpoint: Checkpoint,
+        device: str | None = None,
+        engine: str = "auto",
+        precision: str = "auto",
+        share: float = 1,
     ):
         """`device` is "cpu" or "cuda", by default the GPU where there is one; `engine` is one of `ENGINES`.
 
         `precision` is of the matrix products: "auto" is bfloat16 where the hardware multiplies it, else float32.
-        Raises `EngineError`.
+        `share`, up to 1, is how much of a GPU this predictor may fill. Raises `EngineError`.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() and engine != "native" else "cpu"
@@ -68,6 +62,7 @@ class Predictor:
         self.dtype = choose_precision(precision, self.device)
         self.config = checkpoint.model.config
         self.compiled: set[tuple[int, ...]] = set()  # input shapes
+        self.starting = threading.Lock() if self.device.type == "cuda" or self.engine == "compiled" else nullcontext()
         fused = FusedSegformer(checkpoint.model, checkpoint.mean, checkpoint.std)
         self.network: Callable[[Tensor], Tensor]
         if self.engine == "native":
@@ -78,32 +73,29 @@ class Predictor:
             # one for each shape of the plan; by default PyTorch compiles 8, and runs the rest as they are
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
             self.network = torch.compile(fused, dynamic=False)
+        threads = torch.get_num_threads()
         if self.device.type == "cuda":
             self.uploads, self.downloads = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
-            self.in_flight, self.batch_pixels = 1, gpu_batch_pixels(self.config, self.dtype, self.device)
+            self.lanes, self.lane_threads = 2, 1
+            self.batch_pixels = int(share * gpu_batch_pixels(self.config, self.dtype, self.device))
         else:
             keep_freed_memory()
-            self.in_flight, self.batch_pixels = 0, CPU_BATCH_PIXELS
-
-    def __call__(self, images: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[Segmentation]:
-        """Segment `images`, uint8 (N, H, W, 3) RGB, into masks of `sizes`: N times (height, width)."""
-        return self.start(images, sizes)()
+            self.lanes, self.lane_threads = (1, threads) if self.engine == "compiled" else (threads, 1)
+            self.batch_pixels = CPU_BATCH_PIXELS
 
     @torch.inference_mode()
-    def start(self, images: np.ndarray, sizes: Sequence[tuple[int, int]]) -> Callable[[], list[Segmentation]]:
-        """The same, to be waited for by calling what is returned.
-
-        A GPU works on; start the next batch before waiting for this one, and its upload overlaps with the work.
-        """
-        logits = self.logits(images)
-        found = []
-        for one, size in zip(logits, sizes, strict=True):
-            mask, pixels = upsampled_argmax(one, size)
-            sure = softmax_statistics(one)
-            found.append([mask, pixels, sure.won, sure.confidence, sure.entropy])
-        wait = self.download(found) if self.device.type == "cuda" else lambda: found
+    def __call__(self, images: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[Segmentation]:
+        """Segment `images`, uint8 (N, H, W, 3) RGB, into masks of `sizes`: N times (height, width)."""
+        with self.starting:  # on a GPU that is all that happens here; PyTorch's compiler works for one thread at a time
+            logits = self.logits(images)
+            found = []
+            for one, size in zip(logits, sizes, strict=True):
+                mask, pixels = upsampled_argmax(one, size)
+                sure = softmax_statistics(one)
+                found.append([mask, pixels, sure.won, sure.confidence, sure.entropy])
+            wait = self.download(found) if self.device.type == "cuda" else lambda: found
         cells = logits.shape[1] * logits.shape[2]
-        return lambda: [summarise(cells, *tensors) for tensors in wait()]
+        return [summarise(cells, *tensors) for tensors in wait()]
 
     @torch.inference_mode()
     def logits(self, images: np.ndarray) -> Tensor:
@@ -120,6 +112,10 @@ class Predictor:
     def is_ready_for(self, shape: tuple[int, ...]) -> bool:
         """Whether a batch of this shape needs no compilation first."""
         return self.engine != "compiled" or (whole_batch(shape[0]), *shape[1:]) in self.compiled
+
+    def activations(self, pixels: int) -> int:
+        """The most bytes that a lane holds on the host while it works on a batch of so many input pixels."""
+        return int(pixels * activation_bytes(self.config, torch.float32)) if self.device.type == "cpu" else 0
 
     def __str__(self) -> str:
         """Engine and precision: "native float32"."""
@@ -174,9 +170,13 @@ def summarise(
 def gpu_batch_pixels(config: SegformerConfig, dtype: torch.dtype, device: torch.device) -> int:
     """How many input pixels are a good batch: enough to fill a GPU, and half of its free memory at most."""
     free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(GPU_BATCH_PIXELS, int(free / 2 / activation_bytes(config, dtype))))
+
+
+def activation_bytes(config: SegformerConfig, dtype: torch.dtype) -> float:
+    """The most bytes a pixel of the input that a forward pass holds at once."""
     widest = max(config.decoder_size, config.hidden_sizes[0] * config.mlp_ratios[0], config.labels)
-    held = ARRAYS_HELD * widest * dtype.itemsize / config.strides[0] ** 2  # bytes a pixel
-    return max(1, min(GPU_BATCH_PIXELS, int(free / 2 / held)))
+    return ARRAYS_HELD * widest * dtype.itemsize / config.strides[0] ** 2
 
 
 def whole_batch(images: int) -> int:

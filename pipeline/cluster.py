@@ -16,6 +16,8 @@ import ray.data
 from pipeline.config import ConfigurationError, SegmentSettings, worker_range
 from pipeline.storage import reason
 
+CPUS = 4  # of a worker without a GPU: more of them in one process get into each other's way in Python
+IMAGE_MEMORY = (256 << 20, 4 << 30)  # bytes: the least and the most by default
 FAILED_SHARDS = 8  # after so many the store is down or the job is wrong, and going on helps nobody
 
 
@@ -97,6 +99,7 @@ class Workers:
     most: int
     cpus: int
     gpus: float
+    memory: int  # bytes of images that it holds
 
     def __str__(self) -> str:
         count = f"{self.most}" if self.least == self.most else f"{self.least} to {self.most}"
@@ -115,7 +118,7 @@ def size_workers(settings: SegmentSettings, shards: int) -> Workers:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     smallest = min(int(node.get("CPU", 1)) for node in nodes)
     share = free // max(1, int(cluster_gpus / gpus)) if gpus else free
-    cpus = settings.cpus_per_worker or max(1, min(4, smallest, share))
+    cpus = settings.cpus_per_worker or max(1, min(smallest, share) if gpus else min(CPUS, smallest, share))
     room = max(1, int(cluster_gpus / gpus) if gpus else free // cpus)
     if not ray_address(settings) and not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in nodes):
         have = f"{cluster_cpus - 1} CPUs and {cluster_gpus:g} GPUs"
@@ -126,4 +129,12 @@ def size_workers(settings: SegmentSettings, shards: int) -> Workers:
     least, most = worker_range(settings.workers) or (room, room)
     if not ray_address(settings):  # a cluster may grow, this machine does not
         least, most = min(least, room), min(most, room)
-    return Workers(min(least, shards), min(most, shards), cpus, gpus)
+    memory = settings.memory or image_memory(nodes, cpus)
+    return Workers(min(least, shards), min(most, shards), cpus, gpus, memory)
+
+
+def image_memory(nodes: list[dict[str, float]], cpus: int) -> int:
+    """Bytes of images for a worker of so many CPUs: a part of what they stand for on the node that has least."""
+    share = min(node.get("memory", 0) * min(1, cpus / node.get("CPU", 1)) for node in nodes)
+    least, most = IMAGE_MEMORY
+    return int(min(max(least, share / 8), most))

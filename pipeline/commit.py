@@ -8,10 +8,8 @@ Resuming is listing what is there and doing the rest: a shard is never half ther
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -21,38 +19,7 @@ from pipeline.plan import SCHEMA as PLAN_SCHEMA
 from pipeline.plan import Origin, encode_plan, read_origin
 from pipeline.schema import SUMMARY_KEY
 from pipeline.storage import Store
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What was done: by one shard, or by all shards of a run together. Also in the metadata of each shard's file."""
-
-    images: int = 0
-    statuses: dict[str, int] = field(default_factory=dict)
-    input_bytes: int = 0
-    output_bytes: int = 0  # of the masks
-    pixels: int = 0  # of the masks
-    engines: dict[str, int] = field(default_factory=dict)  # images that the network saw, by engine and precision
-    batches: int = 0
-    stage_seconds: dict[str, float] = field(default_factory=dict)  # summed over threads
-    class_pixels: dict[str, int] = field(default_factory=dict)  # by class name
-    class_images: dict[str, int] = field(default_factory=dict)  # images that have the class
-
-    def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
-
-
-def add(parts: Iterable[Totals]) -> Totals:
-    """The sum of all `parts`."""
-    counts: Counter[str] = Counter()
-    groups: dict[str, Counter[str]] = {}
-    for part in parts:
-        for name, value in asdict(part).items():
-            if isinstance(value, dict):
-                groups.setdefault(name, Counter()).update(value)
-            else:
-                counts[name] += value
-    return Totals(**counts, **{name: dict(group) for name, group in groups.items()})  # type: ignore[arg-type]
+from pipeline.totals import Totals
 
 
 @dataclass(frozen=True)

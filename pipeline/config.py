@@ -75,7 +75,12 @@ class IndexSettings(StorageSettings):
         "GLOB",
     )
     exclude: tuple[str, ...] = option((), "leave out names that match this pattern", "Input", "GLOB")
-    requests: int = option(32, "requests in flight to the object store, in each process", "Input", "N")
+    requests: int | None = option(
+        None,
+        "requests in flight to the object store, in each process (default: 32, up to 128 where its latency wants more)",
+        "Input",
+        "N",
+    )
 
     @field_validator("include", "exclude", mode="before")
     @classmethod
@@ -97,8 +102,8 @@ class IndexSettings(StorageSettings):
 
     @field_validator("requests")
     @classmethod
-    def _at_least_one(cls, value: int) -> int:
-        return positive(value)
+    def _at_least_one(cls, value: int | None) -> int | None:
+        return value if value is None else positive(value)
 
 
 class PlanSettings(IndexSettings):
@@ -125,7 +130,7 @@ class PlanSettings(IndexSettings):
     )
     batch_pixels: int | None = option(
         None,
-        "network input pixels in one batch (default: 8 images of 512x512; on a GPU by its memory)",
+        "network input pixels in one batch (default: 512x512, so mostly one image; on a GPU by its memory)",
         "Model",
         "N",
     )
@@ -167,7 +172,21 @@ class SegmentSettings(PlanSettings):
         "Workers",
         "NAME",
     )
-    cpus_per_worker: int | None = option(None, "CPUs and model threads of a worker (default: up to 4)", "Workers", "N")
+    cpus_per_worker: int | None = option(
+        None,
+        "CPUs of a worker, and its threads that decode, that encode and, without a GPU, that run the network "
+        "(default: up to 4; with a GPU its share of the machine)",
+        "Workers",
+        "N",
+    )
+    prefetch: int = option(2, "batches that wait decoded for the network, in each worker", "Workers", "N")
+    memory: int | None = option(
+        None,
+        "bytes of images that a worker holds at once, from the request to the encoded mask, unless one alone takes "
+        "more (default: an eighth of its share of the machine's memory, from 256 MB to 4 GB)",
+        "Workers",
+        "BYTES",
+    )
     gpus_per_worker: float | None = option(
         None,
         "GPUs of a worker, 0.5 for two on one (default: 1 where there are any, else 0; 0 with --engine native)",
@@ -195,9 +214,9 @@ class SegmentSettings(PlanSettings):
         worker_range(str(value))
         return str(value)
 
-    @field_validator("cpus_per_worker")
+    @field_validator("cpus_per_worker", "prefetch", "memory")
     @classmethod
-    def _cpus(cls, value: int | None) -> int | None:
+    def _counts(cls, value: int | None) -> int | None:
         return value if value is None else positive(value)
 
     @field_validator("gpus_per_worker")

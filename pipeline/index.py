@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import ConfigurationError, IndexSettings
 from pipeline.decode import SUFFIXES, DecodeError, read_header
-from pipeline.storage import ERRORS, Entry, Store, reason
+from pipeline.storage import ERRORS, REQUESTS, Entry, Store, reason
 
 HEAD = 32 << 10  # bytes of the first read: enough for all but images with a large EXIF thumbnail or colour profile
 CHUNK = 2_048  # images between two progress reports
@@ -72,7 +72,7 @@ def update_index(settings: IndexSettings, source: Store, output: Store, progress
     try:
         for start in range(0, len(unknown), CHUNK):
             progress(start, len(unknown))
-            parts.append(read_headers(source, unknown.slice(start, CHUNK), settings.requests))
+            parts.append(read_headers(source, unknown.slice(start, CHUNK), settings.requests or REQUESTS))
             if start // CHUNK % PART_CHUNKS == PART_CHUNKS - 1:
                 add_part(output, parts[-PART_CHUNKS:])
     finally:  # an index that is interrupted keeps what it has read

@@ -13,8 +13,9 @@ import prometheus_client
 import ray
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from pipeline.commit import Totals
 from pipeline.schema import STATUSES
+from pipeline.stages import STATES
+from pipeline.totals import Totals
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,21 @@ class Metrics:
         self.pixels = Counter("swath_mask_pixels", "Pixels of the masks.", registry=registry)
         self.batches = Counter("swath_batches", "Batches that the network has run.", registry=registry)
         self.stages = Counter(
-            "swath_stage_seconds", "Time spent in a stage, summed over threads.", ["stage"], registry=registry
+            *("swath_stage_seconds", "Time of a stage's threads: busy, starved of input or blocked by the next stage."),
+            ["stage", "state"],
+            registry=registry,
         )
         self.shards = Counter("swath_shards", "Shards put.", registry=registry)
         self.planned_images = Gauge("swath_planned_images", "Images in the plan of this run.", registry=registry)
         self.planned_shards = Gauge("swath_planned_shards", "Shards in the plan of this run.", registry=registry)
         self.underway = Gauge("swath_images_underway", "Images done in shards that are not put yet.", registry=registry)
         self.workers = Gauge("swath_workers", "Workers that have loaded the model.", registry=registry)
+        self.memory = Gauge(
+            "swath_worker_memory_peak_bytes", "The most that any worker had resident so far.", registry=registry
+        )
+        self.memory_bound = Gauge(
+            "swath_worker_memory_bound_bytes", "The most that a worker may have, by its own formula.", registry=registry
+        )
         self.started = Gauge("swath_run_start_time_seconds", "When this process began the run.", registry=registry)
         self.run = Gauge("swath_run_info", "Always 1.", ["run_id", "model_version"], registry=registry)
         for status in STATUSES:
@@ -57,8 +66,10 @@ class Metrics:
         self.mask_bytes.inc(totals.output_bytes)
         self.pixels.inc(totals.pixels)
         self.batches.inc(totals.batches)
-        for stage, seconds in totals.stage_seconds.items():
-            self.stages.labels(stage).inc(seconds)
+        seconds_by_state = (totals.stage_seconds, totals.starved_seconds, totals.blocked_seconds)
+        for state, seconds_by_stage in zip(STATES, seconds_by_state, strict=True):
+            for stage, seconds in seconds_by_stage.items():
+                self.stages.labels(stage, state).inc(seconds)
         self.shards.inc()
 
 
@@ -72,6 +83,7 @@ class Hub:
         self.metrics.started.set_to_current_time()
         self.finished: dict[int, tuple[int, int]] = {}  # shard: images, failures
         self.working: dict[int, tuple[int, int]] = {}
+        self.memory = (0, 0)
 
     def serve(self, host: str, port: int) -> int:
         """Serve the metrics; the port that it became."""
@@ -91,13 +103,21 @@ class Hub:
             self.working[shard] = (images, failures)
             self.metrics.underway.set(sum(done for done, _ in self.working.values()))
 
-    def finish(self, shard: int, totals: Totals) -> None:
-        """A shard is put; said again, it changes nothing."""
+    def finish(self, shard: int, totals: Totals, put_seconds: float = 0, memory: tuple[int, int] = (0, 0)) -> None:
+        """A shard is put, which took so long, by a worker with this peak and bound; said again, it changes nothing."""
+        self.memory = (max(self.memory[0], memory[0]), max(self.memory[1], memory[1]))
+        self.metrics.memory.set(self.memory[0])
+        self.metrics.memory_bound.set(self.memory[1])
         if shard not in self.finished:
             self.finished[shard] = (totals.images, failures(totals.statuses))
             self.working.pop(shard, None)
             self.metrics.underway.set(sum(done for done, _ in self.working.values()))
             self.metrics.count(totals)
+            self.metrics.stages.labels("put", "busy").inc(put_seconds)
+
+    def worker_memory(self) -> tuple[int, int]:
+        """Greatest (peak, bound) of any worker, in bytes."""
+        return self.memory
 
     def snapshot(self) -> Snapshot:
         counts = [*self.finished.values(), *self.working.values()]

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.policy import Policy
 
 SHARD_IMAGES = (16, 512)  # the least and the most by default
+SHARD_PIXELS = 1 << 30  # of all its images together, as a worker holds their masks until the shard is put
 SHARDS_WANTED = 32  # in a small run, so that all workers have work and progress is seen
 MASK_BYTES_PER_PIXEL = 0.017  # of a PNG mask, as `make demo` measures and prints
 
@@ -60,7 +61,11 @@ class PlannedImage:
 
 
 def make_plan(images: pa.Table, policy: Policy, shard_images: int | None) -> pa.Table:
-    """Images (the index's columns) as a plan (SCHEMA), sorted by bucket and URI; the same images, the same plan."""
+    """Images (the index's columns) as a plan (SCHEMA), sorted by bucket and URI; the same images, the same plan.
+
+    A shard has up to `shard_images`, fewer where they are large: an image takes one of so many places, or as many as
+    its pixels are of `SHARD_PIXELS`.
+    """
     size = shard_images or int(np.clip(-(-len(images) // SHARDS_WANTED), *SHARD_IMAGES))
     heights = images["height"].fill_null(0).to_numpy()
     widths = images["width"].fill_null(0).to_numpy()
@@ -71,9 +76,13 @@ def make_plan(images: pa.Table, policy: Policy, shard_images: int | None) -> pa.
     order = uris[np.lexsort((bucket_w[uris], bucket_h[uris]))]
     bucket_h, bucket_w = bucket_h[order], bucket_w[order]
     is_first = np.r_[True, (np.diff(bucket_h) != 0) | (np.diff(bucket_w) != 0)][: len(order)]
+    pixels = np.where(known, heights.astype(np.int64) * widths, 0)[order]
+    places = np.clip(pixels * size, SHARD_PIXELS, SHARD_PIXELS * size)  # of the SHARD_PIXELS * size that a shard has
+    taken = np.cumsum(places) - places
     starts = np.flatnonzero(is_first)
-    within = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
-    shards = np.cumsum(within % size == 0) - 1
+    taken -= np.repeat(taken[starts], np.diff(np.r_[starts, len(order)]))  # counted anew in each bucket
+    number = taken // (SHARD_PIXELS * size)
+    shards = np.cumsum(is_first | np.r_[True, np.diff(number) != 0][: len(order)]) - 1
     names = [f"{h}x{w}" if h else None for h, w in zip(bucket_h.tolist(), bucket_w.tolist(), strict=True)]
     columns = {"shard": pa.array(shards, pa.int32()), "bucket": pa.array(names, pa.string())}
     ordered = images.take(pa.array(order))

@@ -26,14 +26,15 @@ from model.checkpoint import Checkpoint, load_checkpoint, model_version
 from model.predictor import EngineError, choose_engine
 from pipeline import schema
 from pipeline.cluster import FAILED_SHARDS, Workers, check_network, ray_address, ray_session, size_workers
-from pipeline.commit import Run, Totals, add, claimed, unfinished
+from pipeline.commit import Run, claimed, unfinished
 from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
 from pipeline.index import summary, update_index
 from pipeline.metrics import start_hub
 from pipeline.plan import Origin, make_plan, without
 from pipeline.policy import parse_policy
-from pipeline.segment import Job, Segmenter
+from pipeline.segment import SHARDS_AHEAD, Job, Segmenter
 from pipeline.storage import Store, public_url, storage_options
+from pipeline.totals import Totals, add
 
 TASK_RETRIES = 3  # of a shard whose worker dies; Ray's own default is for ever
 
@@ -63,8 +64,8 @@ class Result:
     is_new: bool  # False when the run was complete before
 
 
-def segment(settings: SegmentSettings, listener: Listener) -> Result:
-    """Segment a collection, or go on with it.
+def segment(settings: SegmentSettings, listener: Listener, worker: type[Segmenter] = Segmenter) -> Result:
+    """Segment a collection, or go on with it. `worker` is for benchmarks that put something else in its place.
 
     `ConfigurationError` and `CheckpointError` come before any work, `IncompleteRunError` after all that could be done.
     """
@@ -88,8 +89,8 @@ def segment(settings: SegmentSettings, listener: Listener) -> Result:
         listener.say("nothing new: every image has a row from this model version")
         return Result(None, is_new=False)
     started = time.time()
-    before = segment_shards(settings, checkpoint, run, origin.model_version, total, listener)
-    return Result(commit(settings, checkpoint, run, origin, started, before), is_new=True)
+    stretch = segment_shards(settings, checkpoint, run, origin.model_version, total, listener, worker)
+    return Result(commit(settings, checkpoint, run, origin, started, stretch), is_new=True)
 
 
 def check_engine(settings: SegmentSettings, checkpoint: Checkpoint) -> None:
@@ -157,27 +158,43 @@ def index_and_plan(settings: PlanSettings, output: Store, version: str, listener
     return make_plan(new, parse_policy(settings.policy), settings.shard_images)
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """What is known only while the workers are there."""
+
+    shards_before: int  # that an earlier stretch of the run has done
+    memory: tuple[int, int] = (0, 0)  # bytes: what any worker had at most, and what it may have by its formula
+
+
 def segment_shards(
-    settings: SegmentSettings, checkpoint: Checkpoint, run: Run, version: str, images: int, listener: Listener
-) -> int:
-    """Have the workers do every shard that is not there yet; how many were. Raises `IncompleteRunError`."""
+    settings: SegmentSettings,
+    checkpoint: Checkpoint,
+    run: Run,
+    version: str,
+    images: int,
+    listener: Listener,
+    worker: type[Segmenter],
+) -> Stretch:
+    """Have the workers do every shard that is not there yet. Raises `IncompleteRunError`."""
     shards = run.open_plan().metadata.num_row_groups
     done = run.done()
     todo = sorted(set(range(shards)) - set(done))
     if done:
         listener.say(f"{len(done):,} of {shards:,} shards of run {run.id} are there already")
     if not todo:
-        return len(done)
+        return Stretch(len(done))
     with ray_session(settings):
         workers = size_workers(settings, len(todo))
         hub = start_hub(run.id, version)
-        ray.get(hub.plan.remote(images, shards))
+        hub.plan.remote(images, shards)
         for shard, totals in zip(done, run.totals(done), strict=True):
             hub.finish.remote(shard, totals)
+        job = Job(settings, run.id, version, workers.cpus, workers.gpus, workers.memory)
+        dataset = build_dataset(todo, job, checkpoint, hub, workers, worker)
         listener.say(f"run {run.id} on {workers}; metrics: {serve_metrics(settings, hub)}")
-        job = Job(settings, run.id, version, threads=workers.cpus, gpus=workers.gpus)
         with watching(hub, images, listener):
-            errors = failed_shards(build_dataset(todo, job, checkpoint, hub, workers))
+            errors = failed_shards(dataset)
+        memory = ray.get(hub.worker_memory.remote())
     missing = sorted(set(range(shards)) - set(run.done()))
     if missing:
         why = errors[0] if errors else "the worker of a shard died each time it was tried (out of memory?)"
@@ -185,21 +202,29 @@ def segment_shards(
             f"{len(missing):,} of {shards:,} shards of run {run.id} are not done: {why}; "
             f"run the same command again to do only those"
         )
-    return len(done)
+    return Stretch(len(done), memory)
 
 
-def build_dataset(shards: list[int], job: Job, checkpoint: Checkpoint, hub: Any, workers: Workers) -> ray.data.Dataset:
+def build_dataset(
+    shards: list[int], job: Job, checkpoint: Checkpoint, hub: Any, workers: Workers, worker: type[Segmenter]
+) -> ray.data.Dataset:
     """The graph: rows that are shards, through a pool of workers, to rows that say how each ended."""
     with warnings.catch_warnings():
-        # the only way to bound the retries of an actor's task, until Ray names a parameter for it
+        # the only way, in every Ray that is supported, to bound the retries of an actor's task and to have threads
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         planned = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
         return planned.map_batches(
-            Segmenter,
+            worker,
             fn_constructor_args=(job, ray.put(checkpoint), hub),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=workers.most),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=workers.least,
+                max_size=workers.most,
+                max_tasks_in_flight_per_actor=SHARDS_AHEAD,
+                enable_true_multi_threading=True,
+            ),
+            max_concurrency=SHARDS_AHEAD,
             num_cpus=workers.cpus,
             num_gpus=workers.gpus,
             max_task_retries=TASK_RETRIES,
@@ -221,11 +246,11 @@ def failed_shards(results: ray.data.Dataset) -> list[str]:
 
 
 def commit(
-    settings: SegmentSettings, checkpoint: Checkpoint, run: Run, origin: Origin, started: float, before: int
+    settings: SegmentSettings, checkpoint: Checkpoint, run: Run, origin: Origin, started: float, stretch: Stretch
 ) -> dict[str, Any]:
     """Write the run record: every shard is there, and this is what they hold.
 
-    `seconds` are those of the last stretch, since `started`; `before` it that many shards were there.
+    `seconds` and `worker_memory` are those of the last stretch, since `started`.
     """
     shards = run.done()
     totals: Totals = add(run.totals(shards))
@@ -241,8 +266,10 @@ def commit(
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "finished": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
         "seconds": round(finished - started, 3),
-        "shards_done_before": before,
+        "shards_done_before": stretch.shards_before,
+        "worker_memory": dict(zip(("peak", "bound"), stretch.memory, strict=True)),
         **asdict(totals),
+        "busy_shares": {stage: round(share, 4) for stage, share in totals.busy_shares().items()},
         "files": [run.shard_name(shard) for shard in shards],
         "versions": {"python": platform.python_version()}
         | {name: installed(name) for name in ("swath", "ray", "torch", "pyarrow")},

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.labels import LabelSet
-from model.predictor import Segmentation
+from model.segmentation import Segmentation
 from pipeline.plan import PlannedImage
 
 VERSION = 1

@@ -32,6 +32,7 @@ S3_OPTIONS: dict[str, Any] = {
 }
 ERRORS = (OSError, BotoCoreError, ClientError, aiohttp.ClientError, TimeoutError)  # what a store that fails raises
 CREDENTIALS = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch")
+REQUESTS = 32  # in flight, where nothing else is said
 SINGLE_PUT = 4 << 30  # bytes: below this an object is put in one request, which S3 makes atomic
 
 

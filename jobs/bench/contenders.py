@@ -41,7 +41,7 @@ Run = Callable[[], Found]
 
 def peer(case: Case, attention: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
     """transformers' network, and the normalised pixels (N, 3, H, W) that it starts from."""
-    import transformers  # noqa: PLC0415  (slow, and not everyone's)
+    import transformers
 
     network = transformers.SegformerForSemanticSegmentation.from_pretrained(case.weights, attn_implementation=attention)
     checkpoint = load_checkpoint(case.weights)
@@ -85,7 +85,7 @@ def onnx_file(network: nn.Module, example: Tensor) -> bytes:
 
 
 def onnx_runtime(case: Case) -> Run:
-    import onnxruntime  # noqa: PLC0415
+    import onnxruntime
 
     graph, pixels = exported(case)
     options = onnxruntime.SessionOptions()
@@ -96,7 +96,7 @@ def onnx_runtime(case: Case) -> Run:
 
 
 def openvino_network(graph: bytes, case: Case, precision: str | None) -> Any:
-    import openvino  # noqa: PLC0415
+    import openvino
 
     core = openvino.Core()
     options: dict[str, Any] = {"INFERENCE_NUM_THREADS": case.threads, "PERFORMANCE_HINT": "LATENCY"}

@@ -24,6 +24,7 @@ PALETTE = (
     (244, 200, 48),
 )
 SUPERSAMPLING = 2
+TRAINING_SEEDS = 1_000_000  # from here on for training; what a demo draws is below
 
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
