@@ -77,7 +77,8 @@ class IndexSettings(StorageSettings):
     exclude: tuple[str, ...] = option((), "leave out names that match this pattern", "Input", "GLOB")
     requests: int | None = option(
         None,
-        "requests in flight to the object store, in each process (default: 32, up to 128 where its latency wants more)",
+        "requests in flight to the object store, in each process (default: 32 for headers; for images 8, and up to "
+        "128 as the store's latency wants)",
         "Input",
         "N",
     )

@@ -38,10 +38,11 @@ from pipeline.plan import PlannedImage, batch_size
 from pipeline.policy import parse_policy
 from pipeline.schema import Outcome
 from pipeline.stages import Clock, Gate, Stage
-from pipeline.storage import CREDENTIALS, ERRORS, REQUESTS, Store, error_code, reason
+from pipeline.storage import CREDENTIALS, ERRORS, Store, error_code, reason
 
 FETCH_ATTEMPTS = 3
-MOST_REQUESTS = 128  # in flight, where the latency of the store wants them
+REQUESTS = (8, 128)  # in flight: at first, and as many as the latency of the store may make of them
+SUITED_EVERY = 64  # images
 SPARE = 2  # times the requests that are wanted at the mean latency
 DECODED = 16  # bytes a pixel while an image is decoded: Pillow's own 4, and what they are copied through
 DEEP = {"tiff": 40, "png": 40}  # the same for formats whose samples may have 16 or 32 bits
@@ -141,7 +142,7 @@ class Road:
         self.unplanned = threading.Lock()
         self.largest_load, self.largest_batch, self.has_unplanned = 0, 0, False  # so far
         self.shards: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
-        requests = settings.requests or REQUESTS
+        requests = settings.requests or REQUESTS[0]
         pool = max(2, threads)
         self.encoding = Stage("encode", pool, 4 * pool, self.encode, self.arrived, None, single_threaded)
         self.inference = Stage(
@@ -180,7 +181,8 @@ class Road:
                     self.largest_load = max(self.largest_load, item.load.decoding)
                     self.gate.admit(item.load.decoding)
                     self.fetching.put(item)
-            self.suit(shard.clock)
+                    if item.number % SUITED_EVERY == SUITED_EVERY - 1:
+                        self.suit(shard.clock)
 
     def suit(self, clock: Clock) -> None:
         """Have as many requests in flight as the store's latency wants, so that fetching does not bound the rest."""
@@ -190,7 +192,7 @@ class Road:
             return
         pace = max(clock.seconds[stage, "busy"] / threads for stage, threads in pool.items()) / done
         latency = clock.seconds["fetch", "busy"] / clock.count["fetch"]
-        self.fetching.grow(min(math.ceil(SPARE * latency / pace), MOST_REQUESTS))
+        self.fetching.grow(min(math.ceil(SPARE * latency / pace), REQUESTS[1]))
 
     def batches(self, shard: Shard) -> Iterator[Batch]:
         """The images of a shard in order, as many in a batch as are good for the device and fit into the memory."""

@@ -120,3 +120,26 @@ def test_resizing_is_antialiased_as_the_reference_processors_resize():
     assert found.dtype == np.uint8
     assert np.abs(found.astype(int) - reference).max() <= 1
     assert resize(PIXELS, 37, 53) is PIXELS
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {"quality": 30}),
+        ("RGB", {"quality": 95, "subsampling": 0}),
+        ("RGB", {"subsampling": 1, "progressive": True}),
+        ("RGB", {"keep_rgb": True}),
+        ("L", {}),
+        ("CMYK", {}),
+    ],
+)
+def test_a_jpeg_has_the_pixels_that_pillow_finds(mode, options):
+    data = encoded(Image.fromarray(PIXELS).convert(mode), "JPEG", **options)
+    assert np.array_equal(decode(data, LIMIT), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_a_jpeg_that_the_fast_decoder_refuses_is_pillows_to_judge():
+    whole = encoded(Image.fromarray(PIXELS), "JPEG")
+    scan = whole.index(b"\xff\xda")
+    odd = whole[:scan] + b"\0\0\0" + whole[scan:]  # what stands between two markers is skipped, with a warning
+    assert np.array_equal(decode(odd, LIMIT), decode(whole, LIMIT))
