@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 SOURCES := pyproject.toml constraints.txt $(wildcard model/native/*.cpp model/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format s3 weights bench-model clean
+.PHONY: help demo test check format s3 weights bench bench-model clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ s3: .venv/installed  ## Run a real S3 server on loopback until Ctrl-C
 
 weights: .venv/installed  ## Train the demo's network again (about an hour on two cores)
 	$(BIN)/python -m jobs.scenes.train jobs/scenes/weights
+
+bench: .venv/benching  ## Time the road beside Ray Data, Daft and a DataLoader with transformers (about 12 minutes)
+	$(BIN)/python -m jobs.bench.road $(BENCH)
 
 bench-model: .venv/benching  ## Time the network beside transformers, ONNX Runtime and OpenVINO (about 10 minutes)
 	$(BIN)/python -m jobs.bench.model $(BENCH)

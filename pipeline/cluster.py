@@ -1,17 +1,18 @@
 """Ray's own side of a run: joining a cluster or starting a local Ray, and how many workers fit into it."""
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import ray.data
 
 from pipeline.config import ConfigurationError, SegmentSettings, worker_range
 from pipeline.storage import reason
@@ -47,6 +48,8 @@ def ray_address(settings: SegmentSettings) -> str | None:
 def ray_session(settings: SegmentSettings) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray that ends with the block; quiet, as the listener speaks."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    importing = threading.Thread(target=importlib.import_module, args=["ray.data"])  # takes a second, as Ray does
+    importing.start()
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns of its own way to start pools of actors
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address := ray_address(settings):
@@ -58,6 +61,7 @@ def ray_session(settings: SegmentSettings) -> Iterator[None]:
     else:  # one CPU more than there are, so that Ray's own tasks have a place beside the workers
         with silence():
             ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, **quiet)
+    importing.join()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
-import ray.data
 import ray.exceptions
 import torch
 
@@ -207,7 +206,7 @@ def segment_shards(
 
 def build_dataset(
     shards: list[int], job: Job, checkpoint: Checkpoint, hub: Any, workers: Workers, worker: type[Segmenter]
-) -> ray.data.Dataset:
+) -> "ray.data.Dataset":
     """The graph: rows that are shards, through a pool of workers, to rows that say how each ended."""
     with warnings.catch_warnings():
         # the only way, in every Ray that is supported, to bound the retries of an actor's task and to have threads
@@ -231,7 +230,7 @@ def build_dataset(
         )
 
 
-def failed_shards(results: ray.data.Dataset) -> list[str]:
+def failed_shards(results: "ray.data.Dataset") -> list[str]:
     """Wait for all shards; what went wrong with those that failed."""
     errors: list[str] = []
     try:
@@ -293,7 +292,7 @@ def serve_metrics(settings: SegmentSettings, hub: Any) -> str:
 
 @contextlib.contextmanager
 def watching(hub: Any, images: int, listener: Listener) -> Iterator[None]:
-    """Tell the listener twice a second how far the workers are, and once more at the end."""
+    """Tell the listener each second how far the workers are, and once more at the end."""
     ended = threading.Event()
 
     def report() -> None:
@@ -301,7 +300,7 @@ def watching(hub: Any, images: int, listener: Listener) -> Iterator[None]:
         listener.segmenting(now.images, images, now.failures)
 
     def watch() -> None:
-        while not ended.wait(0.5):
+        while not ended.wait(1):
             report()
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -28,7 +28,7 @@ from pipeline.totals import Totals
 
 SHARDS_AHEAD = 3  # given to a worker at once: one that is fed, one that drains, one that is put
 PROBES = 5  # objects that are tried when none of a shard could be read
-REPORT_EVERY = 0.5  # seconds between two words to the hub
+REPORT_EVERY = 1.0  # seconds between two words to the hub
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A real S3 server on this machine: Ceph's RADOS Gateway, one monitor and one OSD, without systemd.
 
     python infra/local/s3_server.py [FOLDER] [--port PORT]     until Ctrl-C; prints what to export
+    python infra/local/s3_server.py -- COMMAND ...             as long as COMMAND runs, with all in its environment
 
 It listens on loopback only, checks signatures and honours conditional puts, so what works here works against S3.
 Needs root and Debian's packages: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
@@ -14,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -211,9 +213,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run a real S3 server (Ceph RADOS Gateway) on loopback until Ctrl-C.")
     parser.add_argument("folder", nargs="?", help="where its data lies (default: a new temporary folder)")
     parser.add_argument("--port", type=int, default=9102, help="port to listen on (default: %(default)s)")
-    arguments = parser.parse_args()
+    mine, command = sys.argv[1:], []
+    if "--" in mine:
+        mine, command = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
+    arguments = parser.parse_args(mine)
     folder = Path(arguments.folder or tempfile.mkdtemp(prefix="swath-s3-")).resolve()
     with s3_server(folder, arguments.port) as server, contextlib.suppress(KeyboardInterrupt):
+        if command:
+            sys.exit(subprocess.run(command, env=os.environ | server.environment(), check=False).returncode)
         for name, value in server.environment().items():
             print(f"export {name}={value}")
         print(f"# S3 at {server.endpoint_url}, data in {folder}; Ctrl-C ends it", flush=True)

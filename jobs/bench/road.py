@@ -42,6 +42,8 @@ SIZES: dict[str, list[tuple[int, int]]] = {  # (width, height), each as often as
     "uhd": [(3840, 2160)],
 }
 DISTINCT = {"vga": 128, "mix": 24, "uhd": 8}  # images that are drawn; the rest are copies
+LOOK = 0.4  # seconds between two looks at CPU times, which take a millisecond or two themselves
+MEMORY_LOOK = 5  # looks between two at memory, which take ten times as long
 HELD_OUT = 3_000_000  # seeds of scenes that no training has seen
 PEERS = {"Ray Data": "ray_data", "Daft": "daft_", "DataLoader": "dataloader"}
 RUNGS = (
@@ -182,10 +184,10 @@ class Tree:
 
     def watch(self) -> None:
         looks = 0
-        while not self.ended.wait(0.1):
+        while not self.ended.wait(LOOK):
             family = self.family()
             self.series.append((time.time(), sum(self.used.values())))
-            if looks % 5 == 0:  # which takes a while
+            if looks % MEMORY_LOOK == 0:
                 self.peak = max(self.peak, sum(map(proportional_memory, family)))
             looks += 1
 
