@@ -70,11 +70,10 @@ def explain(error: Exception) -> tuple[int, str] | None:
     from pipeline.run import IncompleteRunError
     from pipeline.storage import ERRORS, reason
 
-    match error:
-        case CheckpointError():
-            return 2, f"error: {error}"
-        case IncompleteRunError():
-            return 1, str(error)
+    if isinstance(error, CheckpointError):
+        return 2, f"error: {error}"
+    if isinstance(error, IncompleteRunError):
+        return 1, str(error)
     if isinstance(error, (*ERRORS, pa.ArrowException)):  # a full disk, a store that went away, a damaged file of ours
         return 1, f"error: {type(error).__name__}: {reason(error)}"
     return None

@@ -91,6 +91,8 @@ def print_record(record: dict[str, Any], output: str) -> None:
     pace = f"{record['images'] / max(seconds, 1e-9):,.1f} images/s" if not before else f"{before:,} shards done before"
     read, written = size(record["input_bytes"]), size(record["output_bytes"])
     console.print(f"\n{record['images']:,} images in {clock(seconds)}, {pace}; {read} read, {written} of masks")
+    shares = sorted(record["busy_shares"].items(), key=lambda item: -item[1])
+    console.print("stages   " + ", ".join(f"{stage} {share:.1%} busy" for stage, share in shares))
     classes = sorted(record["class_pixels"].items(), key=lambda item: -item[1])[:8]
     if classes:
         table = Table("class", "of all pixels", "in images", box=None, header_style="bold", pad_edge=False)

@@ -27,6 +27,7 @@ ENGINES = ("auto", "native", "torch", "compiled")
 PRECISIONS = ("auto", "float32", "bfloat16")
 CPU_BATCH_PIXELS = 512 * 512  # more gains nothing there, and is memory in each lane
 GPU_BATCH_PIXELS = 64 * 512 * 512
+PORTABLE_MASK = 36  # bytes a pixel of a mask that is made without the kernels
 ARRAYS_HELD = 5  # roughly, at once in a forward pass: each of the widest map of the network
 
 
@@ -37,7 +38,7 @@ class EngineError(ValueError):
 class Predictor:
     """A checkpoint on a device.
 
-    `lanes` threads may call it at once, each with `lane_threads` of PyTorch's. On a CPU a lane is a thread, as two
+    `lanes` threads may call it at once, each after `enter_lane`. On a CPU a lane is a thread, as two
     images side by side take less time than two threads on one after the other, which wait for each other in every
     layer. A GPU has two, so that the copies of one batch overlap with the work on another.
     """
@@ -70,8 +71,7 @@ class Predictor:
         else:
             self.network = fused.in_precision(self.dtype).to(self.device)
         if self.engine == "compiled":
-            # one for each shape of the plan; by default PyTorch compiles 8, and runs the rest as they are
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+            allow_compilations()
             self.network = torch.compile(fused, dynamic=False)
         threads = torch.get_num_threads()
         if self.device.type == "cuda":
@@ -113,9 +113,19 @@ class Predictor:
         """Whether a batch of this shape needs no compilation first."""
         return self.engine != "compiled" or (whole_batch(shape[0]), *shape[1:]) in self.compiled
 
-    def activations(self, pixels: int) -> int:
-        """The most bytes that a lane holds on the host while it works on a batch of so many input pixels."""
-        return int(pixels * activation_bytes(self.config, torch.float32)) if self.device.type == "cpu" else 0
+    def enter_lane(self) -> None:
+        """Prepare the calling thread, one of `lanes`: PyTorch keeps some of its settings for each thread."""
+        torch.set_num_threads(self.lane_threads)
+        torch.get_num_threads()  # else it takes, when it first asks, the number that any thread has set last
+        if self.engine == "compiled":
+            allow_compilations()
+
+    def activations(self, pixels: int, mask_pixels: int) -> int:
+        """The most bytes that a lane holds on the host while it works on a batch of so many input and mask pixels."""
+        if self.device.type != "cpu":
+            return 0
+        masks = 0 if native.library() else PORTABLE_MASK * mask_pixels
+        return int(pixels * activation_bytes(self.config, torch.float32)) + masks
 
     def __str__(self) -> str:
         """Engine and precision: "native float32"."""
@@ -213,6 +223,11 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
         fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else on_cpu()
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def allow_compilations() -> None:
+    """In this thread, one for each shape of the plan; by default PyTorch compiles 8, and runs the rest as they are."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
 
 
 def keep_freed_memory() -> None:

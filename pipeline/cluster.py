@@ -1,13 +1,11 @@
 """Ray's own side of a run: joining a cluster or starting a local Ray, and how many workers fit into it."""
 
 import contextlib
-import importlib
 import logging
 import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +46,8 @@ def ray_address(settings: SegmentSettings) -> str | None:
 def ray_session(settings: SegmentSettings) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray that ends with the block; quiet, as the listener speaks."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    importing = threading.Thread(target=importlib.import_module, args=["ray.data"])  # takes a second, as Ray does
-    importing.start()
+    import ray.data  # noqa: PLC0415  (takes a second, for which a run that finds nothing to do need not wait)
+
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns of its own way to start pools of actors
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address := ray_address(settings):
@@ -61,7 +59,6 @@ def ray_session(settings: SegmentSettings) -> Iterator[None]:
     else:  # one CPU more than there are, so that Ray's own tasks have a place beside the workers
         with silence():
             ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, **quiet)
-    importing.join()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -120,9 +117,11 @@ def size_workers(settings: SegmentSettings, shards: int) -> Workers:
         gpus = float(cluster_gpus > 0 and settings.engine != "native")
     free = max(1, cluster_cpus - 1)  # one CPU is left for Ray itself
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    smallest = min(int(node.get("CPU", 1)) for node in nodes)
-    share = free // max(1, int(cluster_gpus / gpus)) if gpus else free
-    cpus = settings.cpus_per_worker or max(1, min(smallest, share) if gpus else min(CPUS, smallest, share))
+    if gpus:
+        cpus = min((gpu_share(node, gpus) for node in nodes if node.get("GPU", 0) >= gpus), default=1)
+    else:
+        cpus = min(CPUS, free, *(int(node.get("CPU", 1)) for node in nodes))
+    cpus = settings.cpus_per_worker or max(1, cpus)
     room = max(1, int(cluster_gpus / gpus) if gpus else free // cpus)
     if not ray_address(settings) and not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in nodes):
         have = f"{cluster_cpus - 1} CPUs and {cluster_gpus:g} GPUs"
@@ -135,6 +134,11 @@ def size_workers(settings: SegmentSettings, shards: int) -> Workers:
         least, most = min(least, room), min(most, room)
     memory = settings.memory or image_memory(nodes, cpus)
     return Workers(min(least, shards), min(most, shards), cpus, gpus, memory)
+
+
+def gpu_share(node: dict[str, float], gpus: float) -> int:
+    """CPUs of a node, but for one that is left to Ray, for each worker with so many GPUs that fits on it."""
+    return int(node.get("CPU", 1) - 1) // max(1, int(node["GPU"] / gpus))
 
 
 def image_memory(nodes: list[dict[str, float]], cpus: int) -> int:

@@ -136,7 +136,10 @@ class PlanSettings(IndexSettings):
         "N",
     )
     shard_images: int | None = option(
-        None, "images in one shard, which is one Parquet file and what a retry repeats (default: 16 to 512)", "Run", "N"
+        None,
+        "images in one shard, one Parquet file, which is what a retry repeats; fewer if large (default: 16 to 512)",
+        "Run",
+        "N",
     )
 
     @field_validator("policy")
@@ -184,7 +187,7 @@ class SegmentSettings(PlanSettings):
     memory: int | None = option(
         None,
         "bytes of images that a worker holds at once, from the request to the encoded mask, unless one alone takes "
-        "more (default: an eighth of its share of the machine's memory, from 256 MB to 4 GB)",
+        "more (default: an eighth of its share of the memory that Ray has, from 256 MB to 4 GB)",
         "Workers",
         "BYTES",
     )

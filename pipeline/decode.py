@@ -66,9 +66,10 @@ def read_header(file: BinaryIO) -> Header:
     return Header((image.format or "").lower(), width, height)
 
 
-def decode(data: bytes, max_pixels: int) -> np.ndarray:
+def decode(data: bytes, max_pixels: int, admit: Callable[[int, int], None] = lambda height, width: None) -> np.ndarray:
     """The image in `data`, upright, as uint8 (H, W, 3) RGB. Raises `DecodeError`.
 
+    `admit` is called with the height and width in the header, before memory is spent on the pixels.
     16-bit samples are scaled to 8, transparency is laid over white, an animation gives its first frame, colour
     profiles are ignored.
     """
@@ -80,14 +81,15 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
         raise DecodeError(
             "too_large", f"{width}x{height} is {width * height:,} pixels, over --max-pixels {max_pixels:,}"
         )
-    pixels = fast_jpeg(image, data)
-    if pixels is None:
-        try:
+    admit(height, width)
+    try:
+        pixels = fast_jpeg(image, data)
+        if pixels is None:
             pixels = np.array(to_rgb(image))
-        except Exception as error:  # Pillow documents no set of errors for damaged data, and raises almost all
-            raise DecodeError("unreadable", f"the {image.format} data is damaged: {one_line(error)}") from None
-    turn = TURNS.get(orientation(image))
-    return np.ascontiguousarray(turn(pixels)) if turn else pixels
+        turn = TURNS.get(orientation(image))
+        return np.ascontiguousarray(turn(pixels)) if turn else pixels
+    except Exception as error:  # Pillow documents no set of errors for damaged data, and raises almost all
+        raise DecodeError("unreadable", f"the {image.format} data is damaged: {one_line(error)}") from None
 
 
 def fast_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:

@@ -2,7 +2,7 @@
 
 Masks are flat areas, so most rows equal the one above. PNG's filter "up" makes those zeros, and run lengths are then
 all the compression that is wanted: a tenth of the time of Pillow's encoder, which takes no filter for palettes, and
-fewer bytes (`make bench` compares).
+fewer bytes (`python -m jobs.bench.masks` compares).
 """
 
 import io

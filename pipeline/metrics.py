@@ -39,7 +39,8 @@ class Metrics:
         self.pixels = Counter("swath_mask_pixels", "Pixels of the masks.", registry=registry)
         self.batches = Counter("swath_batches", "Batches that the network has run.", registry=registry)
         self.stages = Counter(
-            *("swath_stage_seconds", "Time of a stage's threads: busy, starved of input or blocked by the next stage."),
+            "swath_stage_seconds",
+            "Time of a stage's threads: busy, starved of input or blocked by the next stage.",
             ["stage", "state"],
             registry=registry,
         )
@@ -49,10 +50,14 @@ class Metrics:
         self.underway = Gauge("swath_images_underway", "Images done in shards that are not put yet.", registry=registry)
         self.workers = Gauge("swath_workers", "Workers that have loaded the model.", registry=registry)
         self.memory = Gauge(
-            "swath_worker_memory_peak_bytes", "The most that any worker had resident so far.", registry=registry
+            "swath_worker_memory_peak_bytes",
+            "The most that a worker had resident, of the one closest to its bound.",
+            registry=registry,
         )
         self.memory_bound = Gauge(
-            "swath_worker_memory_bound_bytes", "The most that a worker may have, by its own formula.", registry=registry
+            "swath_worker_memory_bound_bytes",
+            "The most that this worker may have, by its own formula.",
+            registry=registry,
         )
         self.started = Gauge("swath_run_start_time_seconds", "When this process began the run.", registry=registry)
         self.run = Gauge("swath_run_info", "Always 1.", ["run_id", "model_version"], registry=registry)
@@ -105,7 +110,7 @@ class Hub:
 
     def finish(self, shard: int, totals: Totals, put_seconds: float = 0, memory: tuple[int, int] = (0, 0)) -> None:
         """A shard is put, which took so long, by a worker with this peak and bound; said again, it changes nothing."""
-        self.memory = (max(self.memory[0], memory[0]), max(self.memory[1], memory[1]))
+        self.memory = max(self.memory, memory, key=lambda pair: pair[0] / max(1, pair[1]))
         self.metrics.memory.set(self.memory[0])
         self.metrics.memory_bound.set(self.memory[1])
         if shard not in self.finished:
@@ -116,7 +121,7 @@ class Hub:
             self.metrics.stages.labels("put", "busy").inc(put_seconds)
 
     def worker_memory(self) -> tuple[int, int]:
-        """Greatest (peak, bound) of any worker, in bytes."""
+        """(peak, bound) in bytes of the worker that came closest to its bound."""
         return self.memory
 
     def snapshot(self) -> Snapshot:

@@ -77,11 +77,11 @@ def make_plan(images: pa.Table, policy: Policy, shard_images: int | None) -> pa.
     bucket_h, bucket_w = bucket_h[order], bucket_w[order]
     is_first = np.r_[True, (np.diff(bucket_h) != 0) | (np.diff(bucket_w) != 0)][: len(order)]
     pixels = np.where(known, heights.astype(np.int64) * widths, 0)[order]
-    places = np.clip(pixels * size, SHARD_PIXELS, SHARD_PIXELS * size)  # of the SHARD_PIXELS * size that a shard has
+    places = np.clip(pixels, -(-SHARD_PIXELS // size), SHARD_PIXELS)  # of the SHARD_PIXELS that a shard has
     taken = np.cumsum(places) - places
     starts = np.flatnonzero(is_first)
     taken -= np.repeat(taken[starts], np.diff(np.r_[starts, len(order)]))  # counted anew in each bucket
-    number = taken // (SHARD_PIXELS * size)
+    number = taken // SHARD_PIXELS
     shards = np.cumsum(is_first | np.r_[True, np.diff(number) != 0][: len(order)]) - 1
     names = [f"{h}x{w}" if h else None for h, w in zip(bucket_h.tolist(), bucket_w.tolist(), strict=True)]
     columns = {"shard": pa.array(shards, pa.int32()), "bucket": pa.array(names, pa.string())}

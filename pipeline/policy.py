@@ -6,6 +6,7 @@ collection of thousands of shapes into a few dozen buckets without padding a pix
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -36,8 +37,13 @@ class Policy:
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Network input (height, width) of one image."""
-        heights, widths = self.sizes(np.array([height]), np.array([width]))
-        return int(heights[0]), int(widths[0])
+        return size_of(self, height, width)
+
+
+@lru_cache(maxsize=10_000)  # a collection has few sizes, and NumPy takes its time for one number
+def size_of(policy: Policy, height: int, width: int) -> tuple[int, int]:
+    heights, widths = policy.sizes(np.array([height]), np.array([width]))
+    return int(heights[0]), int(widths[0])
 
 
 def parse_policy(text: str) -> Policy:

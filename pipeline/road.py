@@ -7,15 +7,14 @@ images of one are encoded, the first of the next are fetched. A batch is what th
 shard, whatever comes in first, so that what a mask is cannot depend on timing.
 
 What is held is bounded by bytes, since images differ a thousandfold in size. An image is let in when there is room for
-the most that it will need, which the plan knows; once decoded it gives most of that back, and the rest when its mask is
-encoded. So, above what the process has when the network is loaded, a worker holds no more than
+all that will wait of it: its encoded bytes, the network's input, its mask. What decoding takes besides is much, and
+not for long, so it has a gate of its own. Above what the process has when the network is loaded, there is no more than
 
-    memory                      the gate's limit, or the largest image alone
+    memory                      half of it at each of the two gates, or one image alone that is larger
     + lanes x activations       of the batches that the network works on
-    + shards' rows              encoded masks of the shards under way, and their Parquet files
-    + one image                 whose size the plan does not know: such images are decoded one at a time
+    + a few images              whose size the plan does not know, and which are let in without their mask
 
-which `Road.bound` computes.
+which `Road.bound` computes, and the rows of the shards under way, which `segment` adds.
 """
 
 import math
@@ -23,7 +22,9 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,16 +42,16 @@ from pipeline.stages import Clock, Gate, Stage
 from pipeline.storage import CREDENTIALS, ERRORS, Store, error_code, reason
 
 FETCH_ATTEMPTS = 3
-REQUESTS = (8, 128)  # in flight: at first, and as many as the latency of the store may make of them
-SUITED_EVERY = 64  # images
+FEWEST_REQUESTS, MOST_REQUESTS = 8, 128  # in flight: at first, and as many as the store's latency may make of them
+SUITED_EVERY = 32  # images
 SPARE = 2  # times the requests that are wanted at the mean latency
-DECODED = 16  # bytes a pixel while an image is decoded: Pillow's own 4, and what they are copied through
-DEEP = {"tiff": 40, "png": 40}  # the same for formats whose samples may have 16 or 32 bits
-SCALED = 3  # bytes a pixel of the network's input
+DECODED = 24  # bytes a pixel while an image is decoded: Pillow's own 4 for each copy that turns and conversions make
+DEEP = 40  # the same for formats whose samples may have 16 or 32 bits
+DEEP_FORMATS = ("tiff", "png", "jpeg2000")
+SCALED = 6  # bytes a pixel of the network's input, and of the batch that it is copied into
 MASKED = 3  # bytes a pixel, and a byte of its class id, of a mask that is made and encoded
 CHANGED = Outcome("changed", "the object is another one than was indexed; run again")
 FAILED = Outcome("failed")  # of an image whose shard has failed, and is never put
-SIDES = ("height", "width")
 
 
 @dataclass(eq=False)
@@ -62,6 +63,7 @@ class Shard:
     error: BaseException | None = None  # what fails all of it
     fetched: bool = False  # whether any object could be read
     failure: BaseException | None = None  # the store's, of an object that could not
+    batches: list[int] = field(default_factory=list)  # images in each that the network has seen
     results: queue.SimpleQueue[tuple[int, Outcome]] = field(default_factory=queue.SimpleQueue)
 
     def outcomes(self) -> Iterator[tuple[int, Outcome]]:
@@ -72,23 +74,31 @@ class Shard:
                 raise self.error
             yield result
 
+    def fail(self, error: BaseException) -> None:
+        """Have whoever waits for outcomes get this error."""
+        self.error = error
+        self.results.put((0, FAILED))
+
 
 @dataclass(frozen=True)
 class Load:
-    """Bytes that one image takes: at most, while it is decoded, and from then on until its mask is encoded."""
+    """Bytes that one image takes: from the request until its mask is encoded, and besides while it is decoded."""
 
-    decoding: int
     waiting: int
+    decoding: int
 
     @staticmethod
-    def of(image: PlannedImage, size: tuple[int, int] | None, settings: SegmentSettings, classes: int) -> "Load":
-        """What the plan says; nothing of an image that will not be decoded, or whose size is not known."""
-        pixels = (image.width or 0) * (image.height or 0)
-        if not size or pixels > settings.max_pixels:
+    def of(image: PlannedImage, pixels: int, size: tuple[int, int] | None, classes: int) -> "Load":
+        """Of an image with so many pixels that becomes an input of `size`; where that is not known, its bytes alone."""
+        if not size:
             return Load(image.bytes, 0)
-        scaled = SCALED * size[0] * size[1]
-        decoding = image.bytes + DEEP.get(image.format or "", DECODED) * pixels + scaled
-        return Load(decoding, scaled + MASKED * (1 if classes <= 256 else 2) * pixels)
+        mask = MASKED * (1 if classes <= 256 else 2) * pixels
+        decoding = (DEEP if image.format in DEEP_FORMATS else DECODED) * pixels
+        return Load(image.bytes + SCALED * size[0] * size[1] + mask, decoding)
+
+    def or_more(self, other: "Load") -> "Load":
+        """What is enough for both."""
+        return Load(max(self.waiting, other.waiting), max(self.decoding, other.decoding))
 
 
 @dataclass(eq=False)
@@ -99,7 +109,7 @@ class Item:
     number: int
     image: PlannedImage
     batch: "Batch"
-    load: "Load"
+    load: Load
     data: bytes | None = None  # encoded
     pixels: np.ndarray | None = None  # uint8 (H, W, 3) at the bucket's size
     found: Segmentation | None = None
@@ -134,21 +144,18 @@ class Road:
         threads: int,
         memory: int,
     ):
-        """`threads` each decode, encode and, on a CPU, run the network; `memory` in bytes is the gate's limit."""
+        """`threads` each decode, encode and, on a CPU, run the network; `memory` is in bytes."""
         self.source, self.predictor, self.labels, self.settings = source, predictor, labels, settings
         self.policy = parse_policy(settings.policy)
         self.batch_pixels = settings.batch_pixels or predictor.batch_pixels
-        self.gate = Gate(memory)
-        self.unplanned = threading.Lock()
-        self.largest_load, self.largest_batch, self.has_unplanned = 0, 0, False  # so far
+        self.gate, self.decoder = Gate(memory // 2), Gate(memory // 2)
+        self.largest, self.largest_unplanned, self.activations = Load(0, 0), 0, 0  # so far, for `bound`
+        self.fed = self.retries = self.retries_seen = 0
         self.shards: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
-        requests = settings.requests or REQUESTS[0]
-        pool = max(2, threads)
-        self.encoding = Stage("encode", pool, 4 * pool, self.encode, self.arrived, None, single_threaded)
-        self.inference = Stage(
-            *("infer", predictor.lanes, settings.prefetch, self.infer, lambda batch: batch.items, self.encoding),
-            lambda: torch.set_num_threads(predictor.lane_threads),
-        )
+        pool, requests = max(2, threads), settings.requests or FEWEST_REQUESTS
+        enter_lane, lanes = predictor.enter_lane, predictor.lanes
+        self.encoding = Stage("encode", pool, pool, self.encode, self.arrived, None, single_threaded)
+        self.inference = Stage("infer", lanes, settings.prefetch, self.infer, self.inferred, self.encoding, enter_lane)
         self.decoding = Stage("decode", pool, pool, self.decode, self.decoded, self.inference, single_threaded)
         self.fetching = Stage("fetch", requests, 1, self.fetch, lambda item: [item], self.decoding)
         self.feeder = threading.Thread(target=self.feed, name="feed", daemon=True)
@@ -161,61 +168,71 @@ class Road:
         return shard
 
     def bound(self) -> int:
-        """The most bytes that all of this may hold at once, for the images that have come so far; rows apart."""
-        unplanned = self.settings.max_pixels * max(DEEP.values()) if self.has_unplanned else 0
-        activations = self.predictor.lanes * self.predictor.activations(self.largest_batch)
-        return max(self.gate.limit, self.largest_load) + activations + unplanned
+        """The most bytes that all of this may hold at once, for the images that have come so far."""
+        gates = max(self.gate.limit, self.largest.waiting) + max(self.decoder.limit, self.largest.decoding)
+        unplanned = self.largest_unplanned * sum(len(stage.threads) + stage.inbox.maxsize for stage in self.behind())
+        return gates + self.predictor.lanes * self.activations + unplanned
+
+    def behind(self) -> list[Stage]:
+        """The stages where an image has pixels or a mask."""
+        return [self.decoding, self.inference, self.encoding]
 
     def close(self) -> None:
         """End the threads once everything has arrived."""
         self.shards.put(None)
         self.feeder.join()
-        for stage in (self.fetching, self.decoding, self.inference, self.encoding):
+        for stage in (self.fetching, *self.behind()):
             stage.close()
 
     def feed(self) -> None:
-        """Let in image after image, shard after shard, as there is room."""
+        """Let in shard after shard."""
         while shard := self.shards.get():
-            for batch in self.batches(shard):
-                for item in batch.items:
-                    self.largest_load = max(self.largest_load, item.load.decoding)
-                    self.gate.admit(item.load.decoding)
-                    self.fetching.put(item)
-                    if item.number % SUITED_EVERY == SUITED_EVERY - 1:
-                        self.suit(shard.clock)
+            try:
+                self.let_in(shard)
+            except Exception as error:  # no image's fault, and nobody else would hear of it
+                shard.fail(error)
+            del shard
 
-    def suit(self, clock: Clock) -> None:
+    def let_in(self, shard: Shard) -> None:
+        """Let in image after image, as there is room."""
+        for batch in self.batches(shard):
+            for item in batch.items:
+                self.gate.admit(item.load.waiting)
+                self.fetching.put(item)
+                self.fed += 1
+                if self.fed % SUITED_EVERY == 0 and not self.settings.requests:
+                    self.suit()
+
+    def suit(self) -> None:
         """Have as many requests in flight as the store's latency wants, so that fetching does not bound the rest."""
-        pool = {stage.name: len(stage.threads) for stage in (self.decoding, self.inference, self.encoding)}
-        done = clock.count["encode"]
-        if self.settings.requests or not done:
+        held_back, self.retries_seen = self.retries > self.retries_seen, self.retries
+        latency, encoded = self.fetching.seconds_each(), self.encoding.clock.count["encode"]
+        if held_back or not latency or not encoded:  # a store that is asked again has too many requests as it is
             return
-        pace = max(clock.seconds[stage, "busy"] / threads for stage, threads in pool.items()) / done
-        latency = clock.seconds["fetch", "busy"] / clock.count["fetch"]
-        self.fetching.grow(min(math.ceil(SPARE * latency / pace), REQUESTS[1]))
+        busy = [stage.clock.seconds[stage.name, "busy"] / len(stage.threads) for stage in self.behind()]
+        self.fetching.grow(min(math.ceil(SPARE * latency * encoded / max(busy)), MOST_REQUESTS))
 
     def batches(self, shard: Shard) -> Iterator[Batch]:
         """The images of a shard in order, as many in a batch as are good for the device and fit into the memory."""
-        batch, held, largest, before = Batch(shard), 0, 0, None
+        batch, waiting, before = Batch(shard), 0, None
         for number, (image, size) in enumerate(zip(shard.images, self.input_sizes(shard.images), strict=True)):
-            load = Load.of(image, size, self.settings, len(self.labels))
+            pixels = (image.width or 0) * (image.height or 0)
+            load = Load.of(image, pixels, size if pixels <= self.settings.max_pixels else None, len(self.labels))
+            self.largest = self.largest.or_more(load)
             full = self.predictor.full_batch(batch_size(*size, self.batch_pixels)) if size else 1
-            largest = max(largest, load.decoding)
-            no_room = held + load.waiting + largest > self.gate.limit
+            no_room = waiting + load.waiting > self.gate.limit
             if batch.items and (len(batch.items) >= full or size != before or no_room):
                 yield batch
-                batch, held, largest = Batch(shard), 0, load.decoding
+                batch, waiting = Batch(shard), 0
             batch.items.append(Item(shard, number, image, batch, load))
-            self.largest_batch = max(self.largest_batch, math.prod(size or (0,)) * len(batch.items))
-            self.has_unplanned |= not size
-            held, before = held + load.waiting, size
+            waiting, before = waiting + load.waiting, size
         yield batch
 
     def input_sizes(self, images: Sequence[PlannedImage]) -> list[tuple[int, int] | None]:
         """Network input (height, width) of each image; None where the plan does not know its size."""
         known = [bool(image.height and image.width) for image in images]
-        sizes = self.policy.sizes(*(np.array([getattr(image, side) or 1 for image in images]) for side in SIDES))
-        pairs = zip(*(side.tolist() for side in sizes), strict=True)
+        heights, widths = (np.array([getattr(image, side) or 1 for image in images]) for side in ("height", "width"))
+        pairs = zip(*(sides.tolist() for sides in self.policy.sizes(heights, widths)), strict=True)
         return [pair if is_known else None for pair, is_known in zip(pairs, known, strict=True)]
 
     def fetch(self, item: Item) -> None:
@@ -225,7 +242,7 @@ class Road:
             item.outcome = Outcome("too_large", f"{image.width}x{image.height} is over --max-pixels {limit:,}")
             return
         try:
-            item.data = self.read(image.uri)
+            item.data = self.read(image)
         except FileNotFoundError:
             item.outcome = Outcome("missing", "the object is gone since it was indexed")
         except ERRORS as error:
@@ -238,42 +255,47 @@ class Road:
             if len(item.data) != image.bytes or not self.source.is_unchanged(image.uri, image.etag):
                 item.data, item.outcome = None, CHANGED
 
-    def read(self, uri: str) -> bytes:
-        """The object's bytes; a store that fails is asked again."""
+    def read(self, image: PlannedImage) -> bytes:
+        """The object's bytes, at most one beyond those that were indexed; a store that fails is asked again."""
+        limit = image.bytes + 1 if image.bytes else None  # S3 has no range of an empty object
         for attempt in range(FETCH_ATTEMPTS - 1):
             try:
-                return self.source.fetch(uri)
+                return self.source.fetch(image.uri, limit)
             except (FileNotFoundError, PermissionError):
                 raise
             except ERRORS:
+                self.retries += 1
                 time.sleep(2**attempt)
-        return self.source.fetch(uri)
+        return self.source.fetch(image.uri, limit)
 
     def decode(self, item: Item) -> None:
         """Bytes to pixels at the size that the network wants."""
-        if item.data is None:
+        data, item.data = item.data, None
+        if data is None:
             return
-        planned = (item.image.width or 0) * (item.image.height or 0)
         try:
-            if planned:
-                pixels = decode(item.data, planned)
-            else:
-                with self.unplanned:
-                    pixels = decode(item.data, self.settings.max_pixels)
+            with ExitStack() as room:
+                admit = partial(self.make_room, item, room)
+                pixels = decode(data, self.settings.max_pixels, admit)
+                height, width = pixels.shape[:2]
+                bucket_h, bucket_w = self.policy.size(height, width)
+                item.pixels = resize(pixels, bucket_h, bucket_w)
         except DecodeError as error:
-            grown = planned and error.status == "too_large"  # the header is not the one that was indexed
-            item.outcome = CHANGED if grown else Outcome(error.status, str(error))
-            return
-        finally:
-            item.data = None
-        height, width = pixels.shape[:2]
-        bucket_h, bucket_w = self.policy.size(height, width)
-        item.pixels = resize(pixels, bucket_h, bucket_w)
-        item.outcome = Outcome("ok", width=width, height=height, bucket=f"{bucket_h}x{bucket_w}")
+            item.outcome = Outcome(error.status, str(error))
+        else:
+            item.outcome = Outcome("ok", width=width, height=height, bucket=f"{bucket_h}x{bucket_w}")
+
+    def make_room(self, item: Item, room: ExitStack, height: int, width: int) -> None:
+        """Wait until an image of this size can be decoded; one that is larger than planned is charged for it."""
+        if height * width > (item.image.height or 0) * (item.image.width or 0):
+            load = Load.of(item.image, height * width, self.policy.size(height, width), len(self.labels))
+            self.gate.overdraw(load.waiting - item.load.waiting)
+            item.load, self.largest = load, self.largest.or_more(load)
+            self.largest_unplanned = max(self.largest_unplanned, load.waiting)
+        room.enter_context(self.decoder.hold(item.load.decoding))
 
     def decoded(self, item: Item) -> list[Batch]:
-        """Make room for the next image; the batch, if this was the last that it waited for."""
-        self.gate.give_back(item.load.decoding - item.load.waiting)
+        """The batch, if this was the last that it waited for."""
         return [item.batch] if item.batch.is_complete() else []
 
     def infer(self, batch: Batch) -> None:
@@ -282,11 +304,19 @@ class Road:
             items = [item for item in batch.items if item.pixels is not None and item.pixels.shape == shape]
             pixels = np.stack([item.pixels for item in items if item.pixels is not None])
             sizes = [(item.outcome.height or 0, item.outcome.width or 0) for item in items if item.outcome]
+            masks = sum(height * width for height, width in sizes)
+            self.activations = max(self.activations, self.predictor.activations(pixels[..., 0].size, masks))
             is_ready, started = self.predictor.is_ready_for(pixels.shape), time.perf_counter()
             for item, found in zip(items, self.predictor(pixels, sizes), strict=True):
                 item.pixels, item.found = None, found
+            batch.job.batches.append(len(items))
             if not is_ready:  # a part of the stage's time that is worth knowing
                 batch.job.clock.add("compile", "busy", time.perf_counter() - started)
+
+    def inferred(self, batch: Batch) -> list[Item]:
+        """Its images, which go on by themselves."""
+        items, batch.items = batch.items, []  # they know the batch: together they would never be freed
+        return items
 
     def encode(self, item: Item) -> None:
         """The mask as PNG."""
@@ -304,3 +334,4 @@ class Road:
 def single_threaded() -> None:
     """Have PyTorch compute in the calling thread alone: there are as many of these as there are CPUs."""
     torch.set_num_threads(1)
+    torch.get_num_threads()  # PyTorch reads the number that any thread has set last when a thread first asks

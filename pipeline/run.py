@@ -162,7 +162,7 @@ class Stretch:
     """What is known only while the workers are there."""
 
     shards_before: int  # that an earlier stretch of the run has done
-    memory: tuple[int, int] = (0, 0)  # bytes: what any worker had at most, and what it may have by its formula
+    memory: tuple[int, int] = (0, 0)  # bytes: what the worker closest to its bound had at most, and that bound
 
 
 def segment_shards(

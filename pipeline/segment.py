@@ -5,6 +5,7 @@ is fed to the road, one is on it, one is being put, so that the network never wa
 """
 
 import logging
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pipeline.storage import Store, reason
 from pipeline.totals import Totals
 
 SHARDS_AHEAD = 3  # given to a worker at once: one that is fed, one that drains, one that is put
+ROW_BYTES_PER_PIXEL = 0.3  # of a mask as ragged as logits can make it, as PNG, as a row and in its Parquet file
 PROBES = 5  # objects that are tried when none of a shard could be read
 REPORT_EVERY = 1.0  # seconds between two words to the hub
 
@@ -57,10 +59,11 @@ class Segmenter:
         self.job, self.hub, self.labels = job, hub, loaded.labels
         self.predictor = self.load(loaded)
         self.run = Run(Store(settings.output, settings), job.run_id)
-        self.plan = self.run.open_plan()
+        self.plan, self.reading = self.run.open_plan(), threading.Lock()
         self.source = Store(settings.input, settings)
         self.road = Road(self.source, self.predictor, self.labels, settings, job.threads, job.memory)
-        self.started = resident_memory("VmRSS")
+        self.started = resident_memory("VmHWM")
+        self.largest_shard = 0  # pixels
         hub.worker_ready.remote()
 
     def load(self, checkpoint: Checkpoint) -> Predictor:
@@ -84,15 +87,28 @@ class Segmenter:
         try:
             totals, seconds = self.run.shard_totals(shard), 0.0
         except FileNotFoundError:
-            images = planned_images(self.plan.read_row_group(shard))
+            images = self.images(shard)
             sent = self.road.send(images)
             outcomes = self.collect(shard, sent)
             started = time.perf_counter()
             totals = self.summarise(sent, outcomes)
             self.put(shard, images, outcomes, totals)
             seconds = time.perf_counter() - started
-        memory = (resident_memory("VmHWM"), self.started + self.road.bound())
+        memory = (resident_memory("VmHWM"), self.bound())
         ray.get(self.hub.finish.remote(shard, totals, seconds, memory))
+
+    def images(self, shard: int) -> list[PlannedImage]:
+        """What the plan says about a shard."""
+        with self.reading:  # one file, many threads
+            images = planned_images(self.plan.read_row_group(shard))
+        pixels = sum((image.width or 0) * (image.height or 0) for image in images)
+        self.largest_shard = max(self.largest_shard, pixels)
+        return images
+
+    def bound(self) -> int:
+        """The most bytes that this process may have, for the shards that have come so far."""
+        rows = SHARDS_AHEAD * int(ROW_BYTES_PER_PIXEL * self.largest_shard)
+        return self.started + self.road.bound() + rows
 
     def collect(self, shard: int, sent: Shard) -> list[Outcome]:
         """The outcomes of a shard's images in order; the hub hears how far it is."""
@@ -110,8 +126,7 @@ class Segmenter:
 
     def store_answers(self) -> bool:
         """Whether any of a few objects from all over the plan can be read."""
-        groups = self.plan.num_row_groups
-        probes = [self.plan.read_row_group(groups * part // PROBES)["uri"][0].as_py() for part in range(PROBES)]
+        probes = [self.images(self.plan.num_row_groups * part // PROBES)[0].uri for part in range(PROBES)]
         return any(isinstance(head, bytes) for head in self.source.heads(probes, 1, PROBES))
 
     def put(self, shard: int, images: list[PlannedImage], outcomes: list[Outcome], totals: Totals) -> None:
@@ -132,7 +147,7 @@ class Segmenter:
             input_bytes=sum(image.bytes for image in sent.images),
             output_bytes=sum(len(outcome.mask or b"") for outcome in outcomes),
             pixels=int(pixels.sum()),
-            batches=sent.clock.count["infer"],
+            batches=len(sent.batches),
             stage_seconds=busy,
             starved_seconds=starved,
             blocked_seconds=blocked,

@@ -8,7 +8,8 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T", bound="Traveller")
@@ -68,15 +69,21 @@ class Stage(Generic[T]):
         self.name, self.work, self.then, self.following, self.initial = name, work, then, following, initial
         self.inbox: queue.Queue[T | None] = queue.Queue(capacity)
         self.threads: list[threading.Thread] = []
+        self.clock = Clock()  # of all jobs together
         self.began = float("inf")  # when the first thing came; before it nobody waits
         self.grow(threads)
 
     def grow(self, threads: int) -> None:
-        """Have at least so many threads."""
+        """Have at least so many threads, or as many as the system gives."""
         while len(self.threads) < threads:
-            name = f"{self.name}-{len(self.threads)}"
-            self.threads.append(threading.Thread(target=self.run, name=name, daemon=True))
-            self.threads[-1].start()
+            thread = threading.Thread(target=self.run, name=f"{self.name}-{len(self.threads)}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # it has no more
+                if not self.threads:
+                    raise
+                return
+            self.threads.append(thread)
 
     def put(self, thing: T) -> None:
         self.began = min(self.began, time.perf_counter())
@@ -86,22 +93,36 @@ class Stage(Generic[T]):
         self.initial()
         idle = time.perf_counter()
         while (thing := self.inbox.get()) is not None:
-            job = thing.job
-            started = time.perf_counter()
-            job.clock.add(self.name, "starved", started - max(idle, min(self.began, started)))
-            if not job.error:
-                try:
-                    self.work(thing)
-                except BaseException as error:
-                    job.error = error
-            worked = time.perf_counter()
-            job.clock.add(self.name, "busy", worked - started)  # before others can say that the job is done
-            for result in self.then(thing):
-                assert self.following
-                self.following.put(result)
-            idle = time.perf_counter()
-            job.clock.add(self.name, "blocked", idle - worked)
-            del thing, job  # or this thread would hold it until the next one comes
+            idle = self.serve(thing, idle)
+            del thing  # or this thread would hold it until the next one comes
+
+    def serve(self, thing: T, idle: float) -> float:
+        """Work on one thing and hand on what comes of it, by a thread that is idle since then; when it was done."""
+        job = thing.job
+        started = time.perf_counter()
+        self.book(job, "starved", started - max(idle, min(self.began, started)))
+        if not job.error:
+            try:
+                self.work(thing)
+            except BaseException as error:  # whatever it is: a thread that dies would stop the rest
+                job.error = error
+        worked = time.perf_counter()
+        self.book(job, "busy", worked - started)  # before others can say that the job is done
+        for result in self.then(thing):
+            assert self.following
+            self.following.put(result)
+        done = time.perf_counter()
+        self.book(job, "blocked", done - worked)
+        return done
+
+    def book(self, job: Job, state: str, seconds: float) -> None:
+        job.clock.add(self.name, state, seconds)
+        self.clock.add(self.name, state, seconds)
+
+    def seconds_each(self) -> float | None:
+        """Mean time that one thing takes, so far; None before the first."""
+        count = self.clock.count[self.name]
+        return self.clock.seconds[self.name, "busy"] / count if count else None
 
     def close(self) -> None:
         """End the threads, once they have done what is in the inbox."""
@@ -124,7 +145,21 @@ class Gate:
             self.changed.wait_for(lambda: not self.held or self.held + size <= self.limit)
             self.held += size
 
+    def overdraw(self, size: int) -> None:
+        """Admit what is in already and turns out to be larger: without waiting, as others may wait for it."""
+        with self.changed:
+            self.held += size
+
     def give_back(self, size: int) -> None:
         with self.changed:
             self.held -= size
-            self.changed.notify()
+            self.changed.notify_all()
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Have `size` bytes for as long as the block lasts."""
+        self.admit(size)
+        try:
+            yield
+        finally:
+            self.give_back(size)

@@ -104,9 +104,9 @@ class Store:
         """A seekable reader of an object that fetches only what is read."""
         return self.filesystem.open(self.filesystem._strip_protocol(uri), "rb", block_size=256 << 10)
 
-    def fetch(self, uri: str) -> bytes:
-        """All bytes of an object. Raises FileNotFoundError or another of `ERRORS`."""
-        return self.filesystem.cat_file(self.filesystem._strip_protocol(uri))
+    def fetch(self, uri: str, limit: int | None = None) -> bytes:
+        """The bytes of an object, up to `limit` of them. Raises FileNotFoundError or another of `ERRORS`."""
+        return self.filesystem.cat_file(self.filesystem._strip_protocol(uri), end=limit)
 
     def is_unchanged(self, uri: str, etag: str) -> bool:
         """Whether a local file is still the one of `etag`; True in a store, where asking would be a request more."""

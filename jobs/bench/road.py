@@ -66,10 +66,7 @@ def main() -> None:
         }
         checkpoint = copy_checkpoint(root / "checkpoint", options.size)
         rows = []
-        print(
-            "| | images | seconds | images/s | images/s, steady | CPU-ms an image, steady | peak memory | device busy |"
-        )
-        print("|---|---|---|---|---|---|---|---|", flush=True)
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
         for number, name in enumerate(RUNGS):
             if options.only and not any(text in name for text in options.only):
                 continue

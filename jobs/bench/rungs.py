@@ -90,7 +90,7 @@ def flat_mask(height: int, width: int) -> Segmentation:
 class NullPredictor:
     """A device that needs no time: masks are ready."""
 
-    lanes, lane_threads, batch_pixels = 2, 1, 512 * 512
+    lanes, batch_pixels = 2, 512 * 512
 
     def __call__(self, images: np.ndarray, sizes: Iterable[tuple[int, int]]) -> list[Segmentation]:
         return [flat_mask(*size) for size in sizes]
@@ -101,7 +101,10 @@ class NullPredictor:
     def is_ready_for(self, shape: tuple[int, ...]) -> bool:
         return True
 
-    def activations(self, pixels: int) -> int:
+    def enter_lane(self) -> None:
+        pass
+
+    def activations(self, pixels: int, mask_pixels: int) -> int:
         return 0
 
     def __str__(self) -> str:

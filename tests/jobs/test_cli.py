@@ -39,6 +39,11 @@ def test_both_ways_to_call_it_work():
         assert all(job in shown for job in JOBS)
 
 
+def test_help_and_a_mistyped_option_do_not_wait_for_pytorch_and_ray():
+    code = "import sys, jobs.cli; assert not {'torch', 'ray', 'transformers', 'pyarrow.dataset'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_help_explains_the_job_and_every_setting(swath, job):
     code, out, _ = swath(job, "--help")

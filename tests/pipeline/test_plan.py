@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline import index
 from pipeline.plan import (
+    SHARD_PIXELS,
     Origin,
     batch_size,
     encode_plan,
@@ -48,6 +49,17 @@ def test_a_plan_holds_every_image_once_in_shards_of_one_bucket(sizes, shard_imag
         for image in planned_images(shard):
             known = image.height and image.width
             assert bucket == ("{}x{}".format(*policy.size(image.height, image.width)) if known else None)
+
+
+def test_a_shard_of_large_images_has_fewer():
+    sizes = [(480, 640)] * 1000 + [(3000, 4000)] * 300 + [(30_000, 40_000)] * 3
+    plan = make_plan(images_of(sizes), parse_policy("short=512"), 512)
+    shards = [plan.slice(start, stop - start) for start, stop in shard_slices(plan)]
+    for shard in shards:
+        pixels = [image.width * image.height for image in planned_images(shard)]
+        assert sum(pixels[:-1]) < SHARD_PIXELS
+        assert len(pixels) <= 512
+    assert len(shards) < 12
 
 
 @given(st.permutations(range(30)))

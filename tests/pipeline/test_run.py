@@ -107,6 +107,14 @@ def test_every_object_in_a_bucket_becomes_one_row_that_all_readers_read(bucket, 
     assert watcher.metric("swath_planned_images") == 16
     assert watcher.metric("swath_shards_total") == watcher.metric("swath_planned_shards") == len(files)
     assert s3.secret_key not in watcher.scraped
+    assert watcher.metric('swath_stage_seconds_total{stage="infer",state="busy"}') > 0
+    assert watcher.metric('swath_stage_seconds_total{stage="fetch",state="blocked"}') > 0
+    assert watcher.metric('swath_stage_seconds_total{stage="put",state="busy"}') > 0
+    assert set(record["busy_shares"]) == {"fetch", "decode", "infer", "encode"}
+    assert all(0 < share <= 1 for share in record["busy_shares"].values())
+    memory = record["worker_memory"]
+    assert 0 < memory["peak"] <= memory["bound"]
+    assert watcher.metric("swath_worker_memory_peak_bytes") == memory["peak"]
 
     pixels = sum(record["class_pixels"].values())
     duck = duckdb.connect()

@@ -1,6 +1,7 @@
 """Daft: list, download and decode as expressions, a class for the network, write_parquet."""
 
 import sys
+from typing import Any
 
 import daft
 from daft import DataType, Series, col
@@ -23,7 +24,8 @@ def main(source: str, output: str, checkpoint: str, threads: int) -> None:
     s3 = IOConfig(s3=S3Config(endpoint_url=endpoint())) if source.startswith("s3://") else None
     frame = daft.from_glob_path(f"{source}/**", io_config=s3)
     frame = frame.with_column("image", col("path").download(io_config=s3).decode_image(mode="RGB"))
-    frame = frame.with_column("mask", Predict(checkpoint, threads).masks(col("image")))  # type: ignore[arg-type]
+    predict: Any = Predict(checkpoint, threads)  # whose methods Daft makes into expressions
+    frame = frame.with_column("mask", predict.masks(col("image")))
     frame.select("path", "mask").write_parquet(output)
 
 

@@ -1,0 +1,230 @@
+"""The road inside a worker: across shards, whatever the order of arrival, within its memory."""
+
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.labels import label_set
+from model.segmentation import Segmentation
+from pipeline.config import SegmentSettings
+from pipeline.masks import decode_mask
+from pipeline.plan import PlannedImage
+from pipeline.road import Load, Road
+from pipeline.schema import Outcome
+from pipeline.storage import Store
+from tests.conftest import NAMES, draw_image
+
+LABELS = label_set(NAMES)
+
+
+class Brightness:
+    """A device whose mask is one class, from the image's brightness; it remembers its batches."""
+
+    lanes, batch_pixels = 2, 4 * 64 * 64
+
+    def __init__(self, delay: float = 0.0):
+        self.delay, self.batches, self.lock = delay, [], threading.Lock()
+
+    def __call__(self, images: np.ndarray, sizes: list[tuple[int, int]]) -> list[Segmentation]:
+        time.sleep(self.delay)
+        with self.lock:
+            self.batches.append([image.tobytes() for image in images])
+        return [self.found(image, size) for image, size in zip(images, sizes, strict=True)]
+
+    def found(self, image: np.ndarray, size: tuple[int, int]) -> Segmentation:
+        mask = np.full(size, int(image.mean()) % len(NAMES), np.uint8)
+        return Segmentation(mask, np.bincount(mask.ravel(), minlength=len(NAMES)), np.ones(len(NAMES)), 1.0, 0.0)
+
+    def full_batch(self, images: int) -> int:
+        return images
+
+    def is_ready_for(self, shape: tuple[int, ...]) -> bool:
+        return True
+
+    def enter_lane(self) -> None:
+        pass
+
+    def activations(self, pixels: int, mask_pixels: int) -> int:
+        return 0
+
+
+class OddStore(Store):
+    """A folder whose objects take their time, each another."""
+
+    def __init__(self, folder: Path, config: SegmentSettings, delay: float = 0.0, seed: int = 0):
+        super().__init__(str(folder), config)
+        self.delay, self.random, self.fetched = delay, random.Random(seed), []
+
+    def fetch(self, uri: str, limit: int | None = None) -> bytes:
+        self.fetched.append(uri)
+        time.sleep(self.delay * self.random.random() * 2)
+        return super().fetch(uri, limit)
+
+
+def config(folder: Path, **options: object) -> SegmentSettings:
+    values = {"input": str(folder), "output": str(folder / "out"), "checkpoint": "-", "policy": "short=64", **options}
+    return SegmentSettings(**values)
+
+
+def draw(folder: Path, count: int, width: int = 64, height: int = 64, suffix: str = "png") -> list[PlannedImage]:
+    """So many images of a size, as a plan knows them."""
+    paths = [draw_image(folder / f"{width}x{height}-{n}.{suffix}", width, height, seed=n) for n in range(count)]
+    store = Store(str(folder), config(folder))
+    known = {entry.uri: entry for _, entry in store.listing() if entry}
+    entries = [known[store.uri(path.name)] for path in paths]
+    return [PlannedImage(entry.uri, entry.etag, entry.bytes, suffix, width, height) for entry in entries]
+
+
+def outcomes(road: Road, images: list[PlannedImage]) -> list[Outcome]:
+    found = dict(road.send(images).outcomes())
+    return [found[number] for number in range(len(images))]
+
+
+def test_the_next_shard_is_fetched_while_the_last_one_drains(tmp_path):
+    first, second = draw(tmp_path / "a", 12), draw(tmp_path / "b", 12)
+    settings = config(tmp_path)
+    store, device = OddStore(tmp_path, settings), Brightness(delay=0.05)
+    road = Road(store, device, LABELS, settings, 2, 1 << 30)
+    shards = [road.send(first), road.send(second)]
+    assert len(list(shards[0].outcomes())) == 12
+    assert {image.uri for image in second} & set(store.fetched), "nothing was fetched before the first shard was done"
+    assert len(list(shards[1].outcomes())) == 12
+    road.close()
+    assert road.gate.held == 0
+
+
+def test_what_shares_a_batch_does_not_depend_on_what_comes_first(tmp_path):
+    images = draw(tmp_path, 23) + draw(tmp_path, 9, 64, 128)
+    settings = config(tmp_path, requests=16)
+    seen = []
+    for seed in range(4):
+        device = Brightness()
+        road = Road(OddStore(tmp_path, settings, delay=0.004, seed=seed), device, LABELS, settings, 2, 1 << 30)
+        masks = [decode_mask(outcome.mask) for outcome in outcomes(road, images)]
+        road.close()
+        seen.append(sorted(device.batches))
+        assert [mask.shape for mask in masks] == [(image.height, image.width) for image in images]
+    assert sorted(map(len, seen[0])) == [1, 2, 2, 2, 2, 3, 4, 4, 4, 4, 4]
+    assert seen.count(seen[0]) == 4
+
+
+def test_a_small_memory_makes_small_batches_and_the_same_masks(tmp_path):
+    images = draw(tmp_path, 20)
+    settings = config(tmp_path)
+    results = []
+    for memory in (1, 1 << 30):
+        device = Brightness()
+        road = Road(Store(str(tmp_path), settings), device, LABELS, settings, 2, memory)
+        results.append([outcome.mask for outcome in outcomes(road, images)])
+        road.close()
+        largest = max(Load.of(image, 64 * 64, (64, 64), 5).waiting for image in images)
+        assert max(map(len, device.batches)) == (1 if memory < 2 * largest else 4)
+    assert results[0] == results[1]
+
+
+def test_bad_images_are_outcomes_and_hold_nothing(tmp_path):
+    good = draw(tmp_path, 6)
+    broken, gone, grown, unknown = good[1:5]
+    path = {image.uri: Path(image.uri.removeprefix("file://")) for image in good}
+    path[broken.uri].write_bytes(b"x" * broken.bytes)
+    path[gone.uri].unlink()
+    draw_image(path[grown.uri], 200, 100)
+    settings = config(tmp_path)
+    store = Store(str(tmp_path), settings)
+    again = {entry.uri: entry for _, entry in store.listing() if entry}
+    images = [
+        good[0],
+        PlannedImage(broken.uri, again[broken.uri].etag, broken.bytes, "png", 64, 64),
+        gone,
+        PlannedImage(grown.uri, again[grown.uri].etag, again[grown.uri].bytes, "png", 64, 64),  # it is larger
+        PlannedImage(unknown.uri, unknown.etag, unknown.bytes, None, None, None),
+        PlannedImage("file:///nowhere", "", 1, "png", 20_000, 20_000),
+    ]
+    road = Road(store, Brightness(), LABELS, settings, 2, 1 << 30)
+    statuses = [outcome.status for outcome in outcomes(road, images)]
+    assert statuses == ["ok", "unreadable", "missing", "ok", "ok", "too_large"]
+    road.close()
+    assert road.gate.held == 0
+
+
+def test_a_device_that_fails_fails_the_shard_and_not_the_next(tmp_path):
+    class Failing(Brightness):
+        def __call__(self, images: np.ndarray, sizes: list[tuple[int, int]]) -> list[Segmentation]:
+            if len(images) == 3:
+                raise RuntimeError("the device is lost")
+            return super().__call__(images, sizes)
+
+    images = draw(tmp_path, 8)
+    settings = config(tmp_path)
+    road = Road(Store(str(tmp_path), settings), Failing(), LABELS, settings, 2, 1 << 30)
+    bad, good = road.send(images[:7]), road.send(images)
+    with pytest.raises(RuntimeError, match="device is lost"):
+        list(bad.outcomes())
+    assert len(list(good.outcomes())) == 8
+    road.close()
+    assert road.gate.held == 0
+
+
+def test_a_slow_store_gets_more_requests_and_a_fast_one_does_not(tmp_path):
+    images = draw(tmp_path, 40) * 12
+    settings = config(tmp_path)
+    grown = []
+    for delay in (0.0, 0.1):
+        road = Road(OddStore(tmp_path, settings, delay), Brightness(), LABELS, settings, 2, 1 << 30)
+        outcomes(road, images)
+        grown.append(len(road.fetching.threads))
+        road.close()
+    assert grown[0] < 32 < grown[1]
+    road = Road(OddStore(tmp_path, settings, 0.1), Brightness(), LABELS, config(tmp_path, requests=3), 2, 1 << 30)
+    outcomes(road, images[:80])
+    assert len(road.fetching.threads) == 3
+    road.close()
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+from model.checkpoint import load_checkpoint
+from model.predictor import Predictor
+from pipeline.road import Road
+from pipeline.segment import resident_memory
+from pipeline.storage import Store
+from tests.pipeline.test_road import config, draw
+
+folder, checkpoint, memory, shapes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+images = [image for count, width, height, suffix in shapes for image in draw(folder, count, width, height, suffix)]
+torch.set_num_threads(2)
+settings = config(folder, policy="short=512")
+loaded = load_checkpoint(checkpoint)
+road = Road(Store(str(folder), settings), Predictor(loaded, "cpu"), loaded.labels, settings, 2, memory)
+Path("/proc/self/clear_refs").write_text("5")  # drawing took memory too: the peak counts from here
+started = resident_memory("VmRSS")
+shard = road.send(images)
+assert all(outcome.status == "ok" for _, outcome in shard.outcomes())
+print(json.dumps([started, resident_memory("VmHWM"), started + road.bound()]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("memory", "shapes"),
+    [
+        (256 << 20, [(16, 3840, 2160, "jpg")]),
+        (256 << 20, [(24, 640, 480, "jpg"), (4, 4032, 3024, "jpg"), (3, 2048, 1536, "png"), (12, 375, 500, "webp")]),
+        (1, [(3, 3840, 2160, "png")]),
+    ],
+    ids=["4K", "mix", "one at a time"],
+)
+def test_a_worker_stays_within_its_stated_memory(tmp_path, checkpoint, memory, shapes):
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), checkpoint, str(memory), json.dumps(shapes)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    started, peak, bound = json.loads(done.stdout)
+    assert started < peak <= bound < started + (1 << 30)
