@@ -151,7 +151,8 @@ def entries(case: Case) -> list[Entry]:
 def bare(case: Case, last: str) -> Stretch:
     """Plain processes, each with its share of the objects; `last` is what they do with them last."""
     found, stretch = entries(case), Stretch()
-    chunks = [found[start : start + SHARD // 8] for start in range(0, len(found), SHARD // 8)]
+    size = max(1, min(SHARD // 8, len(found) // 40))
+    chunks = [found[start : start + size] for start in range(0, len(found), size)]
     with get_context("forkserver").Pool(case.threads) as pool:
         for chunk in pool.imap_unordered(BareWork(case, last), chunks):
             stretch.done(stretch.images + chunk)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.bench.rungs import NullPredictor
 from model.labels import label_set
 from model.segmentation import Segmentation
 from pipeline.config import SegmentSettings
@@ -24,10 +25,10 @@ from tests.conftest import NAMES, draw_image
 LABELS = label_set(NAMES)
 
 
-class Brightness:
+class Brightness(NullPredictor):
     """A device whose mask is one class, from the image's brightness; it remembers its batches."""
 
-    lanes, batch_pixels = 2, 4 * 64 * 64
+    batch_pixels = 4 * 64 * 64
 
     def __init__(self, delay: float = 0.0):
         self.delay, self.batches, self.lock = delay, [], threading.Lock()
@@ -41,18 +42,6 @@ class Brightness:
     def found(self, image: np.ndarray, size: tuple[int, int]) -> Segmentation:
         mask = np.full(size, int(image.mean()) % len(NAMES), np.uint8)
         return Segmentation(mask, np.bincount(mask.ravel(), minlength=len(NAMES)), np.ones(len(NAMES)), 1.0, 0.0)
-
-    def full_batch(self, images: int) -> int:
-        return images
-
-    def is_ready_for(self, shape: tuple[int, ...]) -> bool:
-        return True
-
-    def enter_lane(self) -> None:
-        pass
-
-    def activations(self, pixels: int, mask_pixels: int) -> int:
-        return 0
 
 
 class OddStore(Store):

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from pipeline.config import ConfigurationError, StorageSettings
+from pipeline.s3 import FAILURES
 from pipeline.storage import Store, public_url
 
 SETTINGS = StorageSettings()
@@ -115,3 +116,35 @@ def test_secrets_in_a_url_are_not_repeated():
     assert public_url("ftp://me:secret@host/x") == "ftp://host/x"
     assert public_url("s3://bucket/a@b") == "s3://bucket/a@b"
     assert public_url("/local/path?x") == "/local/path?x"
+
+
+def test_an_object_is_the_same_whichever_client_gets_it(bucket):
+    store = Store(bucket, StorageSettings())
+    keys = {"plain.jpg": b"x" * 70_000, "empty.jpg": b"", 'it\'s "odd"\n雪.jpg': b"1", "a%20b//c.jpg": b"2"}
+    for key, data in keys.items():
+        store.put(key, data)
+    assert store.fetcher
+    for key, data in keys.items():
+        assert store.fetch(store.uri(key)) == data
+    plain = f"{store.root}/plain.jpg"
+    assert store.fetcher.fetch(plain, 70_001) == keys["plain.jpg"]
+    assert store.fetcher.fetch(plain, 70_000) is None  # which may be more than was asked for
+    assert store.fetch(store.uri("plain.jpg"), 100) == b"x" * 100
+    with pytest.raises(FileNotFoundError):
+        store.fetch(store.uri("gone.jpg"))
+    assert store.fetcher.failures == 0
+
+
+def test_a_client_that_never_gets_an_object_is_not_asked_any_more(bucket):
+    store = Store(bucket, StorageSettings())
+    store.put("a.jpg", b"a")
+    assert store.fetcher
+    store.fetcher.options["endpoint"] = "http://127.0.0.1:9"  # where nobody listens
+    for _ in range(FAILURES + 1):
+        assert store.fetch(store.uri("a.jpg")) == b"a"
+    assert store.fetcher.failures == FAILURES
+
+
+def test_options_that_only_s3fs_knows_leave_all_to_it(bucket):
+    assert Store(bucket, StorageSettings(storage_option={"s3.requester_pays": True})).fetcher is None
+    assert Store("/tmp", StorageSettings()).fetcher is None
