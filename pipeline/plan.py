@@ -20,7 +20,7 @@ from pipeline.policy import Policy
 SHARD_IMAGES = (16, 512)  # the least and the most by default
 SHARD_PIXELS = 1 << 30  # of all its images together, as a worker holds their masks until the shard is put
 SHARDS_WANTED = 32  # in a small run, so that all workers have work and progress is seen
-MASK_BYTES_PER_PIXEL = 0.017  # of a PNG mask, as `make demo` measures and prints
+MASK_BYTES_PER_PIXEL = 0.015  # of a PNG mask, as `make demo` measures and prints
 
 SCHEMA = pa.schema(
     [
