@@ -1,8 +1,8 @@
 """Masks as PNG files: one channel, the class id of each pixel, and the label set's palette where one fits.
 
 Masks are flat areas, so most rows equal the one above. PNG's filter "up" makes those zeros, and run lengths are then
-all the compression that is wanted: a tenth of the time of Pillow's encoder, which takes no filter for palettes, and
-fewer bytes (`python -m jobs.bench.masks` compares).
+all the compression that is wanted: a tenth of the time of Pillow's encoder, which takes no filter for palettes, and for
+masks of trained networks fewer bytes (`python -m jobs.bench.masks` compares).
 """
 
 import io
