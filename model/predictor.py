@@ -115,8 +115,7 @@ class Predictor:
 
     def enter_lane(self) -> None:
         """Prepare the calling thread, one of `lanes`: PyTorch keeps some of its settings for each thread."""
-        torch.set_num_threads(self.lane_threads)
-        torch.get_num_threads()  # else it takes, when it first asks, the number that any thread has set last
+        use_threads(self.lane_threads)
         if self.engine == "compiled":
             allow_compilations()
 
@@ -223,6 +222,12 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
         fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else on_cpu()
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def use_threads(threads: int) -> None:
+    """Have PyTorch compute with so many threads what the calling one asks of it."""
+    torch.set_num_threads(threads)
+    torch.get_num_threads()  # else it takes, when it first computes, the number that any thread has set last
 
 
 def allow_compilations() -> None:

@@ -27,10 +27,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-import torch
 
 from model.labels import LabelSet
-from model.predictor import Predictor
+from model.predictor import Predictor, use_threads
 from model.segmentation import Segmentation
 from pipeline.config import SegmentSettings
 from pipeline.decode import DecodeError, decode, resize
@@ -154,9 +153,10 @@ class Road:
         self.shards: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
         pool, requests = max(2, threads), settings.requests or FEWEST_REQUESTS
         enter_lane, lanes = predictor.enter_lane, predictor.lanes
-        self.encoding = Stage("encode", pool, pool, self.encode, self.arrived, None, single_threaded)
+        alone = partial(use_threads, 1)  # as there are as many of these threads as there are CPUs
+        self.encoding = Stage("encode", pool, pool, self.encode, self.arrived, None, alone)
         self.inference = Stage("infer", lanes, settings.prefetch, self.infer, self.inferred, self.encoding, enter_lane)
-        self.decoding = Stage("decode", pool, pool, self.decode, self.decoded, self.inference, single_threaded)
+        self.decoding = Stage("decode", pool, pool, self.decode, self.decoded, self.inference, alone)
         self.fetching = Stage("fetch", requests, 1, self.fetch, lambda item: [item], self.decoding)
         self.feeder = threading.Thread(target=self.feed, name="feed", daemon=True)
         self.feeder.start()
@@ -329,9 +329,3 @@ class Road:
         self.gate.give_back(item.load.waiting)
         item.job.results.put((item.number, item.outcome or FAILED))
         return []
-
-
-def single_threaded() -> None:
-    """Have PyTorch compute in the calling thread alone: there are as many of these as there are CPUs."""
-    torch.set_num_threads(1)
-    torch.get_num_threads()  # PyTorch reads the number that any thread has set last when a thread first asks
