@@ -95,9 +95,8 @@ def add_job(jobs: Any, name: str, job: Any) -> Parser:
     for field, info in job.SETTINGS.model_fields.items():
         extra = info.json_schema_extra
         if extra is None:  # a positional argument, which may come from the file instead
-            parser.add_argument(
-                field, nargs="?", metavar=field.upper(), default=argparse.SUPPRESS, help=info.description
-            )
+            number, meaning = "?" if info.annotation is str else "*", info.description
+            parser.add_argument(field, nargs=number, metavar=field.upper(), default=argparse.SUPPRESS, help=meaning)
             continue
         groups[extra["group"]].add_argument(f"--{field.replace('_', '-')}", **how_to_parse(info))
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; options win over it")
@@ -121,6 +120,8 @@ def how_to_parse(info: Any) -> dict[str, Any]:
 
 def read_settings(kind: type[BaseModel], given: dict[str, Any]) -> Any:
     """Settings from the YAML file and the options, checked. Raises `ConfigurationError`."""
+    if len(given.get("input", ())) > 1 and "output" not in given:
+        *given["input"], given["output"] = given["input"]  # INPUT INPUT ... OUTPUT
     path = given.pop("config", None)
     file = read_yaml(path) if path else {}
     return build(kind, file | given, dict.fromkeys(set(file) - set(given), path))

@@ -59,7 +59,7 @@ def run(settings: DemoSettings) -> int:
         raise ConfigurationError(f"images: must be from 1 to {TRAINING_SEEDS:,} (got {settings.images})")
     folder = fresh_folder(Path(settings.folder))
     scenes = draw_collection(folder / "images", settings.images)
-    job = SegmentSettings(input=str(folder / "images"), output=str(folder / "masks"), checkpoint=str(WEIGHTS))
+    job = SegmentSettings(input=(str(folder / "images"),), output=str(folder / "masks"), checkpoint=str(WEIGHTS))
     with Display() as display:
         display.say(f"{len(scenes)} scenes and 5 files that are none in {folder / 'images'}")
         result = segment(job, display)

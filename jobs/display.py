@@ -41,6 +41,11 @@ class Display:
     def say(self, text: str) -> None:
         self.console.print(escape(text))
 
+    def listing(self, found: int) -> None:
+        began, _ = self.first.setdefault("listing", (time.monotonic(), 0))
+        if time.monotonic() - began >= PLAIN_EVERY:  # most are listed sooner
+            self.show("listing", found, 0, "")
+
     def indexing(self, done: int, total: int) -> None:
         if total:
             self.show("reading headers", done, total, "")
@@ -55,12 +60,12 @@ class Display:
         detail = "  ".join(filter(None, [f"{rate:,.1f} images/s" if rate else "", note]))
         if self.console.is_terminal:
             if work not in self.tasks:
-                self.tasks[work] = self.bar.add_task(work, total=total, detail=detail)
-            self.bar.update(self.tasks[work], completed=done, total=total, detail=detail)
+                self.tasks[work] = self.bar.add_task(work, total=total or None, detail=detail)
+            self.bar.update(self.tasks[work], completed=done, total=total or None, detail=detail)
         elif now - self.printed[0] >= PLAIN_EVERY or (done == total != self.printed[1]):
             self.printed = (now, done)
             left = f"  ETA {clock((total - done) / rate)}" if rate and done < total else ""
-            self.say("  ".join(filter(None, [f"{work} {done:,}/{total:,}", detail])) + left)
+            self.say("  ".join(filter(None, [f"{work} {done:,}" + (f"/{total:,}" if total else ""), detail])) + left)
 
 
 def clock(seconds: float) -> str:

@@ -5,26 +5,31 @@ The index remembers URI, etag, size and format of every image, so that a later p
   swath index s3://bucket/photos s3://bucket/masks
 """
 
-from collections import Counter
+from functools import partial
 
 from jobs.display import Display, size
 from pipeline.config import IndexSettings
 
 SETTINGS = IndexSettings
+FORMATS = (
+    "SELECT coalesce(format, 'unreadable'), count(*), sum(bytes)::BIGINT FROM images GROUP BY 1 ORDER BY 2 DESC, 1"
+)
 
 
 def run(settings: IndexSettings) -> int:
-    from pipeline.index import summary, update_index
+    from pipeline.cluster import spread
+    from pipeline.index import update_index
+    from pipeline.inputs import summary
     from pipeline.storage import Store
+    from pipeline.tables import workspace
 
-    source, output = Store(settings.input, settings), Store(settings.output, settings)
+    output = Store(settings.output, settings)
     output.check_writable()
-    with Display() as display:
-        index = update_index(settings, source, output, display.indexing)
-    images = index.images
-    formats = Counter(name or "unreadable" for name in images["format"].to_pylist())
-    total = sum(images["bytes"].to_pylist())
-    print(f"{len(images):,} images, {size(total)}{summary(index.skipped)}; {index.opened:,} headers read")
-    print("  ".join(f"{name} {count:,}" for name, count in formats.most_common()))
+    with Display() as display, workspace() as space:
+        index = update_index(settings, output, space.tables, display, partial(spread, settings))
+        formats = space.tables.execute(FORMATS).fetchall()
+    total = size(sum(count for _, _, count in formats))
+    print(f"{index.images:,} images, {total}{summary(index.skipped)}; {index.opened:,} headers read")
+    print("  ".join(f"{name} {count:,}" for name, count, _ in formats))
     print(f"index  {settings.output.rstrip('/')}/index/*.parquet")
     return 0

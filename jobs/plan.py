@@ -21,13 +21,14 @@ def run(settings: PlanSettings) -> int:
     from pipeline.plan import summarise
     from pipeline.run import index_and_plan, read_checkpoint
     from pipeline.storage import Store
+    from pipeline.tables import workspace
 
     version = model_version(read_checkpoint(settings).digest, settings.mask_settings())
     output = Store(settings.output, settings)
     output.check_writable()
-    with Display() as display:
-        plan = index_and_plan(settings, output, version, display)
-    buckets = summarise(plan, settings.batch_pixels or CPU_BATCH_PIXELS, settings.max_pixels)
+    with Display() as display, workspace() as space:
+        plan = index_and_plan(settings, output, version, space, display)
+    buckets = summarise(plan.shards, settings.batch_pixels or CPU_BATCH_PIXELS)
     table = Table(
         "bucket", "images", "shards", "batch", "fill", "masks (est.)", box=None, header_style="bold", pad_edge=False
     )
@@ -37,12 +38,11 @@ def run(settings: PlanSettings) -> int:
         counts = (f"{bucket.images:,}", f"{bucket.shards:,}", f"{bucket.batch:,}")
         table.add_row(bucket.name, *counts, f"{bucket.fill:.0%}", size(bucket.mask_bytes))
     Console(soft_wrap=True, highlight=False).print(table)
-    images, shards = len(plan), sum(bucket.shards for bucket in buckets)
-    places = sum(bucket.images / bucket.fill for bucket in buckets)
+    places = sum(bucket.batches * bucket.batch for bucket in buckets)
     masks = size(sum(bucket.mask_bytes for bucket in buckets))
     print(
-        f"\n{images:,} images to do in {shards:,} shards of {len(buckets)} buckets; "
-        f"batches {images / max(places, 1):.0%} full; about {masks} of masks"
+        f"\n{plan.images:,} images to do in {len(plan.shards):,} shards of {len(buckets)} buckets; "
+        f"batches {plan.images / max(places, 1):.0%} full; about {masks} of masks"
     )
     print(f"model  {version}")
     return 0

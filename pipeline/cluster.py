@@ -6,18 +6,24 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
-from pipeline.config import ConfigurationError, SegmentSettings, worker_range
+from pipeline.config import ConfigurationError, IndexSettings, SegmentSettings, worker_range
 from pipeline.storage import reason
 
 CPUS = 4  # of a worker without a GPU: more of them in one process get into each other's way in Python
 IMAGE_MEMORY = (256 << 20, 4 << 30)  # bytes: the least and the most by default
+TASK_RETRIES = 3  # of work whose worker dies; Ray's own default is for ever
+CHUNKS_AHEAD = 2  # for each CPU
 FAILED_SHARDS = 8  # after so many the store is down or the job is wrong, and going on helps nobody
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def check_network(settings: SegmentSettings) -> None:
@@ -38,12 +44,12 @@ def check_network(settings: SegmentSettings) -> None:
         ) from None
 
 
-def ray_address(settings: SegmentSettings) -> str | None:
+def ray_address(settings: IndexSettings) -> str | None:
     return settings.ray_address or os.environ.get("RAY_ADDRESS")
 
 
 @contextlib.contextmanager
-def ray_session(settings: SegmentSettings) -> Iterator[None]:
+def ray_session(settings: IndexSettings) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray that ends with the block; quiet, as the listener speaks."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray.data  # noqa: PLC0415  (takes a second, for which a run that finds nothing to do need not wait)
@@ -71,6 +77,24 @@ def ray_session(settings: SegmentSettings) -> Iterator[None]:
         signal.signal(signal.SIGTERM, ended)
         with silence():
             ray.shutdown()
+
+
+def spread(settings: IndexSettings, work: Callable[[T], R], chunks: Iterator[T]) -> Iterator[R]:
+    """`work` done to every chunk by the CPUs of the cluster, a few chunks ahead; the results in order."""
+    with ray_session(settings):
+        task: Any = ray.remote(num_cpus=1, max_retries=TASK_RETRIES)(do)
+        shared = ray.put(work)
+        ahead: deque[Any] = deque()
+        for chunk in chunks:
+            ahead.append(task.remote(shared, chunk))
+            if len(ahead) > CHUNKS_AHEAD * ray.cluster_resources().get("CPU", 1):
+                yield ray.get(ahead.popleft())
+        while ahead:
+            yield ray.get(ahead.popleft())
+
+
+def do(work: Callable[[T], R], chunk: T) -> R:
+    return work(chunk)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A run in the output: its plan, its shards, and the record that says all are there.
 
-    runs/<run_id>/plan.parquet                  put once, never changed
+    runs/<run_id>/plan-<digest>-<n>.parquet     the plan, a row group a shard
+    runs/<run_id>/plan.json                     which plan it is, put once and never changed
     segments/run=<run_id>/shard-<n>.parquet     one whole object each, under a name that the plan determines
     runs/<run_id>/run.json                      the commit, put once when every shard is there
 
@@ -8,18 +9,34 @@ Resuming is listing what is there and doing the rest: a shard is never half ther
 """
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.plan import PART_SHARDS, Origin, Plan, PlannedImage, planned_images
 from pipeline.plan import SCHEMA as PLAN_SCHEMA
-from pipeline.plan import Origin, encode_plan, read_origin
 from pipeline.schema import SUMMARY_KEY
 from pipeline.storage import Store
+from pipeline.tables import stored
 from pipeline.totals import Totals
+
+CLAIMED = pa.schema([PLAN_SCHEMA.field("uri"), PLAN_SCHEMA.field("etag")])
+DIGEST = 16  # characters of a plan's digest that its files' names have
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What `plan.json` says: what the plan was made from, its files, and for each shard its images and its work."""
+
+    origin: Origin
+    parts: list[str]
+    images: list[int]
+    work: list[int]
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,7 @@ class Run:
 
     @property
     def plan_name(self) -> str:
-        return f"runs/{self.id}/plan.parquet"
+        return f"runs/{self.id}/plan.json"
 
     @property
     def record_name(self) -> str:
@@ -44,20 +61,24 @@ class Run:
     def shard_name(self, shard: int) -> str:
         return f"{self.folder}/shard-{shard:06d}.parquet"
 
-    def begin(self, plan: pa.Table, origin: Origin) -> None:
+    def begin(self, plan: Plan, origin: Origin) -> None:
         """Put the plan. Raises FileExistsError when another driver was first."""
-        self.store.put(self.plan_name, encode_plan(plan, origin), only_new=True)
+        digest = plan.digest()[:DIGEST]
+        parts = [f"runs/{self.id}/plan-{digest}-{number:05d}.parquet" for number in range(len(plan.parts))]
+        for name, part in zip(parts, plan.parts, strict=True):
+            self.store.put(name, part.read_bytes())
+        images, work = ([getattr(shard, name) for shard in plan.shards] for name in ("images", "work"))
+        contents = asdict(Contents(origin, parts, images, work))
+        self.store.put(self.plan_name, json.dumps(contents, separators=(",", ":")).encode(), only_new=True)
 
-    def open_plan(self) -> pq.ParquetFile:
-        """The plan, of which a reader takes the row groups it needs. Raises FileNotFoundError."""
-        return pq.ParquetFile(self.store.arrow().open_input_file(self.store.path(self.plan_name)))
-
-    def origin(self) -> Origin | None:
-        """What the plan was made from, or None while there is none."""
+    def contents(self) -> Contents | None:
+        """What the plan holds, or None while there is none."""
         try:
-            return read_origin(self.open_plan())
+            found = json.loads(self.store.read(self.plan_name))
         except FileNotFoundError:
             return None
+        lists = {name: tuple(found["origin"][name]) for name in ("input", "include", "exclude")}
+        return Contents(**found | {"origin": Origin(**found["origin"] | lists)})
 
     def done(self) -> list[int]:
         """The shards that are there, in order."""
@@ -92,6 +113,26 @@ class Run:
             return
 
 
+class PlanFiles:
+    """The images of each shard of a run, whose files are opened as they are needed. Many threads may use it."""
+
+    def __init__(self, run: Run):
+        contents = run.contents()
+        assert contents, "a run has a plan before it has workers"
+        self.store, self.contents = run.store, contents
+        self.opened: tuple[int, pq.ParquetFile] | None = None
+        self.lock = threading.Lock()
+
+    def images(self, shard: int) -> list[PlannedImage]:
+        """What the plan says about a shard."""
+        part, group = divmod(shard, PART_SHARDS)
+        with self.lock:
+            if not self.opened or self.opened[0] != part:
+                path = self.store.path(self.contents.parts[part])
+                self.opened = part, pq.ParquetFile(self.store.arrow().open_input_file(path))
+            return planned_images(self.opened[1].read_row_group(group))
+
+
 def runs(output: Store) -> list[Run]:
     """Every run that was begun, oldest id first."""
     return [Run(output, name) for name in output.names("runs")]
@@ -100,22 +141,29 @@ def runs(output: Store) -> list[Run]:
 def unfinished(output: Store, origin: Origin) -> Run | None:
     """The run that was begun from the same origin and not completed, if there is one."""
     for run in runs(output):
-        if "run.json" not in output.names(f"runs/{run.id}") and run.origin() == origin:
+        if "run.json" not in output.names(f"runs/{run.id}") and (found := run.contents()) and found.origin == origin:
             return run
     return None
 
 
-def claimed(output: Store, model_version: str) -> tuple[pa.Table, list[Run]]:
-    """(uri, etag) of every image in the plan of a run with this model version, and those of the runs not completed.
+def claimed(output: Store, model_version: str) -> tuple[list[str], list[Run]]:
+    """The plans' files of every run with this model version, and those of the runs that are not completed.
 
-    Such an image has a row, or will have one when its run goes on: no other run may give it a second.
+    An image in them has a row, or will have one when its run goes on: no other run may give it a second.
     """
-    columns = pa.schema([PLAN_SCHEMA.field("uri"), PLAN_SCHEMA.field("etag")])
-    tables, open_runs = [columns.empty_table()], []
+    parts, open_runs = [], []
     for run in runs(output):
-        origin = run.origin()
-        if origin and origin.model_version == model_version:
-            tables.append(run.open_plan().read(columns=columns.names).cast(columns))
+        contents = run.contents()
+        if contents and contents.origin.model_version == model_version:
+            parts += contents.parts
             if run.record() is None:
                 open_runs.append(run)
-    return pa.concat_tables(tables), open_runs
+    return parts, open_runs
+
+
+def leave_out(tables: duckdb.DuckDBPyConnection, output: Store, parts: list[str]) -> int:
+    """Take the images in these files of plans out of the table `images`; how many are left."""
+    tables.register("claimed", stored(output, parts, CLAIMED))
+    if parts:
+        tables.execute("CREATE OR REPLACE TABLE images AS FROM images ANTI JOIN claimed USING (uri, etag)")
+    return tables.table("images").count("*").fetchall()[0][0]

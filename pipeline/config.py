@@ -66,15 +66,29 @@ class StorageSettings(BaseModel):
 class IndexSettings(StorageSettings):
     """What `swath index` needs: a collection, and where its index goes."""
 
-    input: str = Field(description="the collection: a folder, bucket or prefix (/data/photos, s3://bucket/photos)")
+    input: tuple[str, ...] = Field(
+        description="the collection, one or several: a folder, bucket or prefix (s3://bucket/photos), a glob "
+        "('s3://bucket/2026-*/*.jpg'), a tar or Parquet file with images in it, a manifest (CSV, JSON Lines or Parquet "
+        "with URIs), the manifest.json of an S3 Inventory",
+    )
     output: str = Field(description="where everything is written: any fsspec URL (/data/masks, s3://bucket/masks)")
     include: tuple[str, ...] = option(
         (),
-        "only names below INPUT that match this pattern ('2026/*.jpg'; default: by image extension)",
+        "only names below INPUT that match this pattern ('2026/*.jpg'; default: by image extension); an image in a tar "
+        "is called FILE.tar#NAME, one in a manifest by its URI",
         "Input",
         "GLOB",
     )
     exclude: tuple[str, ...] = option((), "leave out names that match this pattern", "Input", "GLOB")
+    uri_column: str | None = option(
+        None, "column of a manifest that has the URIs (default: uri, url, path, file or image)", "Input", "NAME"
+    )
+    image_column: str | None = option(
+        None,
+        "column of Parquet files that has encoded images (default: image, bytes, jpg or the like)",
+        "Input",
+        "NAME",
+    )
     requests: int | None = option(
         None,
         "requests in flight to the object store, in each process (default: 32 for headers; for images 8, and up to "
@@ -83,23 +97,26 @@ class IndexSettings(StorageSettings):
         "N",
     )
 
-    @field_validator("include", "exclude", mode="before")
+    ray_address: str | None = option(
+        None, "Ray cluster to run on (default: RAY_ADDRESS, else a local Ray for this run)", "Workers", "ADDRESS"
+    )
+
+    @field_validator("input", "include", "exclude", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("input", "output")
+    @field_validator("input")
     @classmethod
-    def _absolute(cls, value: str) -> str:
-        """A local path means the same on every machine of a cluster only if it is absolute."""
-        if not value.strip():
+    def _inputs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
             raise ValueError("must not be empty")
-        protocol, _, rest = value.rpartition("://")
-        if not protocol and re.match(r"[a-z0-9]+:/", value):
-            raise ValueError("a URL has two slashes: s3://bucket/prefix")
-        if protocol and re.match(r"[^/]*:[^/]*@", rest):
-            raise ValueError("credentials in a URL would be in every row; use the environment or --storage-option")
-        return value if protocol else os.path.abspath(os.path.expanduser(value))
+        return tuple(map(absolute, value))
+
+    @field_validator("output")
+    @classmethod
+    def _output(cls, value: str) -> str:
+        return absolute(value)
 
     @field_validator("requests")
     @classmethod
@@ -197,9 +214,6 @@ class SegmentSettings(PlanSettings):
         "Workers",
         "N",
     )
-    ray_address: str | None = option(
-        None, "Ray cluster to run on (default: RAY_ADDRESS, else a local Ray for this run)", "Workers", "ADDRESS"
-    )
     metrics_host: str = option("127.0.0.1", "address that the metrics endpoint binds to", "Metrics", "HOST")
     metrics_port: int = option(0, "port of the metrics endpoint (default: 0, any free one)", "Metrics", "PORT")
 
@@ -236,6 +250,18 @@ class SegmentSettings(PlanSettings):
         if not 0 <= value <= 65535:
             raise ValueError("must be from 0 to 65535")
         return value
+
+
+def absolute(url: str) -> str:
+    """`url`, or a local path that means the same on every machine of a cluster. Raises ValueError."""
+    if not url.strip():
+        raise ValueError("must not be empty")
+    protocol, _, rest = url.rpartition("://")
+    if not protocol and re.match(r"[a-z0-9]+:/", url):
+        raise ValueError("a URL has two slashes: s3://bucket/prefix")
+    if protocol and re.match(r"[^/]*:[^/]*@", rest):
+        raise ValueError("credentials in a URL would be in every row; use the environment or --storage-option")
+    return url if protocol else os.path.abspath(os.path.expanduser(url))
 
 
 def worker_range(text: str) -> tuple[int, int] | None:

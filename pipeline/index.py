@@ -1,169 +1,232 @@
 """The index: every image that was ever seen, with its size and format, read from headers alone.
 
-An update lists the collection and reads only what it does not know: the same URI with the same etag is never opened
-again. What is new goes into one more part, `index/part-<n>.parquet`.
+An update lists the collection and reads only what it does not know: the same object with the same etag is never opened
+again. What is new goes into one more part, `index/part-<n>.parquet`. A tar or Parquet file with images has a row of
+its own beside theirs, so that it is known even where it holds none.
 """
 
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from typing import Any, Protocol
 
+import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from pipeline.config import ConfigurationError, IndexSettings
-from pipeline.decode import SUFFIXES, DecodeError, read_header
-from pipeline.storage import ERRORS, REQUESTS, Entry, Store, reason
+from pipeline.containers import ContainerError, kind_of, members
+from pipeline.decode import DecodeError, read_header
+from pipeline.inputs import is_image_name, is_utf8, list_inputs
+from pipeline.reader import HEAD, ChangedError, ObjectFile, Reader
+from pipeline.storage import ERRORS, Store, reason
+from pipeline.tables import stored
 
-HEAD = 32 << 10  # bytes of the first read: enough for all but images with a large EXIF thumbnail or colour profile
-CHUNK = 2_048  # images between two progress reports
-PART_CHUNKS = 50  # chunks in one part of the index, about 100,000 images
+REQUESTS = 32  # in flight in each process, where nothing else is said
+CHUNK = 2_048  # objects between two progress reports
+FILES_CHUNK = 16  # of tar and Parquet files
+SPREAD = 100_000  # objects to open, from which on all machines of a cluster share the work
+PART_IMAGES = 100_000  # in one part of the index, roughly
 
 SCHEMA = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
         pa.field("etag", pa.string(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False, metadata={"unit": "byte"}),
-        pa.field("format", pa.string()),
+        pa.field("format", pa.string(), metadata={"note": "tar, parquet: a file of images, none itself"}),
         pa.field("width", pa.int32(), metadata={"unit": "pixel", "note": "after EXIF orientation"}),
         pa.field("height", pa.int32(), metadata={"unit": "pixel", "note": "after EXIF orientation"}),
         pa.field("error", pa.string(), metadata={"note": "why the header could not be read"}),
+        pa.field("file", pa.string(), metadata={"note": "URI of the tar or Parquet file that it lies in"}),
+        pa.field("position", pa.int64(), metadata={"note": "of its first byte in a tar, its row in a Parquet file"}),
     ]
 )
+FILL = """
+    CREATE OR REPLACE TABLE listing AS
+    SELECT l.uri, coalesce(l.etag, k.etag) AS etag, l.bytes, l.kind, l.root FROM listing l
+    LEFT JOIN (SELECT coalesce(file, uri) AS uri, max(etag) AS etag FROM known GROUP BY 1) k ON l.uri = k.uri
+"""
+UNKNOWN = """
+    CREATE TABLE unknown AS SELECT l.uri, l.etag, l.bytes, l.kind FROM listing l
+    ANTI JOIN (SELECT coalesce(file, uri) AS uri, etag FROM known) k ON l.uri = k.uri AND l.etag = k.etag
+"""
+IMAGES = """
+    CREATE TABLE images AS
+    SELECT coalesce(k.uri, l.uri) AS uri, coalesce(k.etag, l.etag, '') AS etag, coalesce(k.bytes, l.bytes, 0) AS bytes,
+           k.format, k.width, k.height, k.error, k.file, k.position
+    FROM listing l LEFT JOIN known k ON l.uri = coalesce(k.file, k.uri) AND l.etag = k.etag
+    WHERE (l.kind = 'image' OR k.file IS NOT NULL OR k.error IS NOT NULL)
+"""
+MEMBER_MATCHES = "substr(k.uri, l.root + 1) GLOB ?"
+
+Reading = tuple[pa.Table, Counter[str]]  # rows of SCHEMA, and how many members of files are no images, by why
+Spread = Callable[[Callable[[pa.Table], Reading], Iterator[pa.Table]], Iterator[Reading]]
+
+
+class Progress(Protocol):
+    """Whoever watches an update."""
+
+    def listing(self, found: int) -> None:
+        """Objects listed so far."""
+
+    def indexing(self, done: int, total: int) -> None:
+        """Objects opened, of those to open."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """What the collection holds now."""
+    """What an update found; the images themselves are in the workspace's table `images` (SCHEMA)."""
 
-    images: pa.Table  # SCHEMA, one row an image, sorted by URI
+    images: int
     skipped: Counter[str]  # listed, but no image by name: how many, by why
-    opened: int  # headers that this update had to read
+    opened: int  # objects that were not known
 
 
-def update_index(settings: IndexSettings, source: Store, output: Store, progress: Callable[[int, int], None]) -> Index:
+def update_index(
+    settings: IndexSettings, output: Store, tables: duckdb.DuckDBPyConnection, progress: Progress, spread: Spread
+) -> Index:
     """List the collection, read the headers that are not known yet, and keep them in the output.
 
-    `progress` is called with (headers read, headers to read). Raises `ConfigurationError` for a collection that
+    `spread` has many machines read them where there are very many. Raises `ConfigurationError` for a collection that
     cannot be listed or holds no image.
     """
+    skipped = list_inputs(tables, settings, output, progress.listing)
+    join(FILL, tables, output)
+    join(UNKNOWN, tables, output)
+    opened = count(tables, "unknown")
+    skipped += read_unknown(settings, output, tables, opened, progress, spread if opened >= SPREAD else map)
+    join(FILL, tables, output)
+    patterns = [*settings.include, *settings.exclude]
+    included = " OR ".join([MEMBER_MATCHES] * len(settings.include)) or "true"
+    excluded = " OR ".join([MEMBER_MATCHES] * len(settings.exclude)) or "false"
+    join(f"{IMAGES} AND (k.file IS NULL OR (({included}) AND NOT ({excluded})))", tables, output, patterns)
+    return Index(count(tables, "images"), skipped, opened)
+
+
+def join(query: str, tables: duckdb.DuckDBPyConnection, output: Store, values: Sequence[str] = ()) -> None:
+    """Run a query over the table `known`: every row of the index."""
+    if query == FILL and not tables.execute("SELECT count(*) FROM listing WHERE etag IS NULL").fetchall()[0][0]:
+        return
+    tables.register("known", read_index(output))
+    tables.execute(query, values)
+
+
+def read_index(output: Store) -> pa.RecordBatchReader:
+    """Every row of the index."""
+    return stored(output, [f"index/{name}" for name in output.names("index") if name.endswith(".parquet")], SCHEMA)
+
+
+def read_unknown(
+    settings: IndexSettings,
+    output: Store,
+    tables: duckdb.DuckDBPyConnection,
+    total: int,
+    progress: Progress,
+    spread: Spread,
+) -> Counter[str]:
+    """Open what is in the table `unknown`, and put what its headers say into the index, part by part."""
     skipped: Counter[str] = Counter()
-    entries = list(select(settings, source, output, skipped))
-    if not entries:
-        raise ConfigurationError(f"{source.url}: no images found{summary(skipped)}; see --include")
-    listed = pa.table(
-        {
-            "uri": pa.array([entry.uri for entry in entries], pa.string()),
-            "etag": pa.array([entry.etag for entry in entries], pa.string()),
-            "bytes": pa.array([entry.bytes for entry in entries], pa.int64()),
-        }
-    )
-    known = read_index(output)
-    joined = listed.join(known.select(["uri", "etag", "format", "width", "height", "error"]), ["uri", "etag"])
-    is_known = pc.or_(pc.is_valid(joined["width"]), pc.is_valid(joined["error"]))
-    unknown = joined.filter(pc.invert(is_known)).sort_by("uri")
-    parts: list[pa.Table] = []
+    done, rows = 0, []
+    sizes: list[int] = []
+
+    def chunks() -> Iterator[pa.Table]:
+        for kinds, size in (("= 'image'", CHUNK), ("!= 'image'", FILES_CHUNK)):
+            for batch in tables.sql(f"FROM unknown WHERE kind {kinds}").to_arrow_reader(CHUNK):
+                for start in range(0, len(batch), size):
+                    sizes.append(len(part := pa.Table.from_batches([batch.slice(start, size)])))
+                    yield part
+
+    progress.indexing(0, total)
     try:
-        for start in range(0, len(unknown), CHUNK):
-            progress(start, len(unknown))
-            parts.append(read_headers(source, unknown.slice(start, CHUNK), settings.requests or REQUESTS))
-            if start // CHUNK % PART_CHUNKS == PART_CHUNKS - 1:
-                add_part(output, parts[-PART_CHUNKS:])
+        for number, (found, others) in enumerate(spread(Headers(settings), chunks())):
+            skipped += others
+            rows.append(found)
+            done += sizes[number]
+            progress.indexing(done, total)
+            if sum(map(len, rows)) >= PART_IMAGES:
+                add_part(output, rows)
+                rows = []
     finally:  # an index that is interrupted keeps what it has read
-        add_part(output, parts[len(parts) - len(parts) % PART_CHUNKS :])
-    progress(len(unknown), len(unknown))
-    images = pa.concat_tables([joined.filter(is_known).select(SCHEMA.names).cast(SCHEMA), *parts])
-    return Index(images.sort_by("uri"), skipped, len(unknown))
+        add_part(output, rows)
+    return skipped
 
 
-def read_index(output: Store) -> pa.Table:
-    """Every image ever seen, one row for each (uri, etag)."""
-    parts = [output.path(f"index/{name}") for name in output.names("index") if name.endswith(".parquet")]
-    if not parts:
-        return SCHEMA.empty_table()
-    table = pyarrow.dataset.dataset(parts, schema=SCHEMA, filesystem=output.arrow(), format="parquet").to_table()
-    return (
-        table.group_by(["uri", "etag"])
-        .aggregate([(name, "max") for name in SCHEMA.names[2:]])
-        .rename_columns(SCHEMA.names)
-    )
+class Headers:
+    """Objects to rows of the index, many at once: one small read for an image, a second where that is not enough."""
 
+    def __init__(self, settings: IndexSettings):
+        self.settings, self.reader = settings, Reader(settings)
 
-def select(settings: IndexSettings, source: Store, output: Store, skipped: Counter[str]) -> Iterator[Entry]:
-    """The entries that are images by name, or by the patterns; the others are counted in `skipped`."""
-    root = output.uri("").rstrip("/")  # an output inside its own collection is not a part of it
-    own = tuple(f"{root}/{folder}/" for folder in ("index", "runs", "segments"))
-    for name, entry in source.listing():
-        if entry is None or name.endswith("/"):
-            if is_image_name(name.rstrip("/")):
-                skipped["not a file"] += 1
-        elif entry.uri.startswith(own):
-            continue
-        elif not is_utf8(entry.uri):
-            skipped["a name that is not UTF-8"] += 1
-        elif any(fnmatchcase(name, pattern) for pattern in settings.exclude):
-            skipped["excluded"] += 1
-        elif settings.include and not any(fnmatchcase(name, pattern) for pattern in settings.include):
-            skipped["not included"] += 1
-        elif not settings.include and not is_image_name(name):
-            skipped[os.path.splitext(name)[1].lower() or "no extension"] += 1
-        else:
-            yield entry
+    def __reduce__(self) -> tuple[type["Headers"], tuple[IndexSettings]]:
+        return Headers, (self.settings,)  # connections stay where they are
 
+    def __call__(self, objects: pa.Table) -> Reading:
+        """Rows of SCHEMA for objects (uri, etag, bytes, kind); none for one that the store did not give, which the
+        worker will try again.
 
-def read_headers(source: Store, unknown: pa.Table, requests: int) -> pa.Table:
-    """Rows of SCHEMA for the images in `unknown` (uri, etag, bytes): one small read each, a second where needed.
+        Raises `ConfigurationError` when the store gives nothing at all, which no image can be blamed for.
+        """
+        with ThreadPoolExecutor(self.settings.requests or REQUESTS) as pool:
+            found = list(pool.map(self.open, objects.to_pylist()))
+        refused = [one for one in found if isinstance(one, Exception)]
+        if refused and len(refused) == len(found):
+            raise ConfigurationError(f"{objects['uri'][0]}: cannot be read: {reason(refused[0])}")
+        readings = [one for one in found if not isinstance(one, Exception)]
+        rows = [row for rows, _ in readings for row in rows]
+        return pa.Table.from_pylist(rows, SCHEMA), sum((skipped for _, skipped in readings), Counter())
 
-    Raises `ConfigurationError` when the store gives nothing at all, which no image can be blamed for.
-    """
-    rows = unknown.select(["uri", "etag", "bytes"]).to_pylist()
-    filled = [row for row in rows if row["bytes"]]
-    heads = source.heads([row["uri"] for row in filled], HEAD, requests)
-    refused = [head for head in heads if isinstance(head, ERRORS) and not isinstance(head, FileNotFoundError)]
-    if refused and len(refused) == len(heads):
-        raise ConfigurationError(f"{source.url}: cannot be read: {reason(refused[0])}")
-    with ThreadPoolExecutor(requests) as pool:
-        found = pool.map(lambda row, head: describe(source, row["uri"], row["bytes"], head), filled, heads)
-        for row, description in zip(filled, found, strict=True):
-            row.update(description)
-    for row in rows:
-        if not row["bytes"]:
-            row["error"] = "the file is empty (0 bytes)"
-    return pa.Table.from_pylist(rows, SCHEMA)
-
-
-def describe(source: Store, uri: str, size: int, head: bytes | BaseException) -> dict[str, str | int]:
-    """Format and size of one image from its first bytes, or why there are none.
-
-    Nothing where the store failed: the worker will try again and give the image its row.
-    """
-    try:
-        if isinstance(head, BaseException):
-            raise head
+    def open(self, row: dict[str, Any]) -> tuple[list[dict], Counter[str]] | Exception:
+        """The rows of one object, or the store's error."""
         try:
-            header = read_header(io.BytesIO(head))
-        except DecodeError:
-            if len(head) >= size:
+            if row["kind"] == "image":
+                return [self.header(row["uri"], row["etag"] or "", row["bytes"])], Counter()
+            return self.members(row["uri"], row["etag"] or "", row["bytes"] or 0)
+        except (FileNotFoundError, ChangedError):
+            return [], Counter()
+        except ERRORS as error:
+            if row["kind"] != "image":  # of whose images nobody would hear
                 raise
-            with source.open(uri) as file:
-                header = read_header(file)
-    except DecodeError as error:
-        return {"error": str(error)}
-    except ERRORS:
-        return {}
-    return {"format": header.format, "width": header.width, "height": header.height}
+            return error
+
+    def header(self, uri: str, etag: str, size: int | None) -> dict[str, Any]:
+        """One image."""
+        row: dict[str, Any] = {"uri": uri, "etag": etag, "bytes": size}
+        if size != 0:
+            file = ObjectFile(self.reader, uri, etag)
+            row |= {"etag": file.etag, "bytes": file.bytes}
+            try:
+                if file.bytes:
+                    return row | vars(read_header(io.BufferedReader(file, HEAD)))
+            except DecodeError as error:
+                return row | {"error": str(error)}
+        return row | {"error": "the file is empty (0 bytes)"}
+
+    def members(self, uri: str, etag: str, size: int) -> tuple[list[dict], Counter[str]]:
+        """The images in a tar or Parquet file, and the file itself."""
+        skipped: Counter[str] = Counter()
+        etag = etag or ObjectFile(self.reader, uri).etag
+        itself: dict[str, Any] = {"uri": uri, "etag": etag, "bytes": size, "format": kind_of(uri)}
+        rows = [itself]
+        try:
+            for member in members(self.reader, uri, etag, self.settings.image_column):
+                name = member.uri[len(uri) + 1 :]
+                if not is_utf8(name):
+                    skipped["a name that is not UTF-8"] += 1
+                elif kind_of(uri) == "tar" and not is_image_name(name):
+                    skipped[f"{os.path.splitext(name)[1].lower() or 'no extension'} in a tar"] += 1
+                else:
+                    rows.append(vars(member) | {"etag": etag, "file": uri})
+        except ContainerError as error:
+            itself["error"] = str(error)
+        return rows, skipped
 
 
 def add_part(output: Store, tables: list[pa.Table]) -> None:
     """Keep what is known about some images in one more part; another writer's part is never replaced."""
     table = pa.concat_tables([SCHEMA.empty_table(), *tables])
-    table = table.filter(pc.or_(pc.is_valid(table["width"]), pc.is_valid(table["error"])))
     if not len(table):
         return
     buffer = pa.BufferOutputStream()
@@ -177,24 +240,5 @@ def add_part(output: Store, tables: list[pa.Table]) -> None:
             number += 1
 
 
-def is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
-
-
-def is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def summary(skipped: Counter[str]) -> str:
-    """What was skipped, for a message: " (skipped 3: .txt 2, no extension 1)"."""
-    if not skipped:
-        return ""
-    shown = skipped.most_common(6)
-    kinds = [f"{kind} {count:,}" for kind, count in shown]
-    others = skipped.total() - sum(count for _, count in shown)
-    kinds += [f"others {others:,}"] if others else []
-    return f" (skipped {skipped.total():,}: {', '.join(kinds)})"
+def count(tables: duckdb.DuckDBPyConnection, table: str) -> int:
+    return tables.table(table).count("*").fetchall()[0][0]

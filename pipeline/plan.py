@@ -1,47 +1,67 @@
 """The plan: which images this run does, in which order and in which shards.
 
 A shard is the unit of work, of retry and of output: images of one bucket (one network input size), so that every
-batch but its last is full and nothing is padded. The plan is one Parquet file with a row group a shard; it is
-written once, and a worker reads just its own group.
+batch but its last is full and nothing is padded. A plan is Parquet files with a row group a shard, of which a worker
+reads just its own. They are made out of core: DuckDB sorts by bucket and URI, and what it gives is cut into shards as
+it comes, so that a hundred million images need no more memory than a few row groups. The same images and settings give
+the same files, byte for byte.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
+from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.policy import Policy
 
-SHARD_IMAGES = (16, 512)  # the least and the most by default
-SHARD_PIXELS = 1 << 30  # of all its images together, as a worker holds their masks until the shard is put
-SHARDS_WANTED = 32  # in a small run, so that all workers have work and progress is seen
+SHARD_IMAGES = (64, 1024)  # the least and the most by default; multiples of all usual batches
+SHARDS_WANTED = 100  # in a small run, so that all workers have work and progress is seen
+SHARD_PIXELS = 1 << 30  # of all its images together, as a worker holds their masks until the shard is put: tens of MB
+SHARD_INPUT = 1 << 29  # pixels that the network sees: a few minutes of B0 on two cores
+BLOCK = 16  # images that are never parted, so that batches are full
+PART_SHARDS = 1_000  # in one file, whose footer every worker reads
+DECODING = 16  # pixels decoded in the time in which the network does one of its input, roughly
 MASK_BYTES_PER_PIXEL = 0.015  # of a PNG mask, as `make demo` measures and prints
+BATCH_ROWS = 200_000  # from DuckDB at once
 
 SCHEMA = pa.schema(
     [
-        pa.field("shard", pa.int32(), nullable=False),
-        pa.field("bucket", pa.string(), metadata={"note": "network input, height x width; null: size not known"}),
         pa.field("uri", pa.string(), nullable=False),
         pa.field("etag", pa.string(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False, metadata={"unit": "byte"}),
         pa.field("format", pa.string()),
         pa.field("width", pa.int32(), metadata={"unit": "pixel"}),
         pa.field("height", pa.int32(), metadata={"unit": "pixel"}),
+        pa.field("error", pa.string(), metadata={"note": "why there is nothing to fetch"}),
+        pa.field("file", pa.string(), metadata={"note": "URI of the tar or Parquet file that it lies in"}),
+        pa.field("position", pa.int64(), metadata={"note": "of its first byte in a tar, its row in a Parquet file"}),
     ]
 )
-ORIGIN_KEY = b"swath.origin"
+SHAPES = "SELECT DISTINCT coalesce(width, 0) AS width, coalesce(height, 0) AS height FROM images"
+# an image whose header could not be read may be read all the same; one that is not in its file, or a file that is no
+# file of images to its end, may not
+ORDERED = """
+    SELECT bucket_h, bucket_w, places, work, mask_pixels, uri, etag, bytes, format,
+           nullif(i.width, 0) AS width, nullif(i.height, 0) AS height,
+           CASE WHEN position IS NULL AND (file IS NOT NULL OR format IN ('tar', 'parquet')) THEN error END AS error,
+           file, position
+    FROM images i JOIN shapes s ON coalesce(i.width, 0) = s.width AND coalesce(i.height, 0) = s.height
+    ORDER BY bucket_h, bucket_w, uri, etag, position DESC
+"""
 
 
 @dataclass(frozen=True)
 class Origin:
     """What a plan was made from; a run is resumed only with the same."""
 
-    input: str
+    input: tuple[str, ...]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     policy: str
@@ -58,68 +78,172 @@ class PlannedImage:
     format: str | None
     width: int | None
     height: int | None
+    error: str | None = None
+    file: str | None = None
+    position: int | None = None
 
 
-def make_plan(images: pa.Table, policy: Policy, shard_images: int | None) -> pa.Table:
-    """Images (the index's columns) as a plan (SCHEMA), sorted by bucket and URI; the same images, the same plan.
+@dataclass(frozen=True)
+class PlannedShard:
+    """One row group of a plan."""
 
-    A shard has up to `shard_images`, fewer where they are large: an image takes one of so many places, or as many as
-    its pixels are of `SHARD_PIXELS`.
+    bucket: str | None  # network input, "height x width"; None: sizes not known
+    images: int
+    work: int  # pixels of the network's input, and what decoding takes beside it
+    mask_pixels: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan in local files, `PART_SHARDS` row groups in each but the last."""
+
+    parts: list[Path]
+    shards: list[PlannedShard]
+
+    @property
+    def images(self) -> int:
+        return sum(shard.images for shard in self.shards)
+
+    def digest(self) -> str:
+        """Of the bytes of all parts."""
+        found = hashlib.sha256()
+        for part in self.parts:
+            with part.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        return found.hexdigest()
+
+
+def make_plan(
+    tables: duckdb.DuckDBPyConnection, folder: Path, policy: Policy, shard_images: int | None, max_pixels: int
+) -> Plan:
+    """Plan the images in the table `images` (the index's columns), with its files in `folder`.
+
+    A shard has up to `shard_images`, fewer where they are large: an image takes one of so many places, or more by its
+    pixels and those of its input. One of more than `max_pixels` has no mask.
     """
-    size = shard_images or int(np.clip(-(-len(images) // SHARDS_WANTED), *SHARD_IMAGES))
-    heights = images["height"].fill_null(0).to_numpy()
-    widths = images["width"].fill_null(0).to_numpy()
+    total = tables.table("images").count("*").fetchall()[0][0]
+    size = shard_images or shard_size(total)
+    shapes = tables.sql(SHAPES).to_arrow_table()
+    tables.register("shapes", shape_table(shapes, policy, size, max_pixels))
+    ordered = tables.sql(ORDERED).to_arrow_reader(BATCH_ROWS)
+    parts: list[Path] = []
+    shards: list[PlannedShard] = []
+    found = cut(ordered, math.gcd(BLOCK, size))
+    while group := list(islice(found, 1)):
+        parts.append(folder / f"part-{len(parts):05d}.parquet")
+        with pq.ParquetWriter(
+            parts[-1], SCHEMA, compression="zstd", write_page_checksum=True, write_statistics=False
+        ) as writer:
+            for shard in chain(group, islice(found, PART_SHARDS - 1)):
+                shards.append(describe(shard))
+                writer.write_table(shard.select(SCHEMA.names).cast(SCHEMA))
+    return Plan(parts, shards)
+
+
+def shard_size(images: int) -> int:
+    """How many images a shard of so many in all has by default."""
+    least, most = SHARD_IMAGES
+    return min(max(least, math.ceil(images / SHARDS_WANTED / least) * least), most)
+
+
+def shape_table(shapes: pa.Table, policy: Policy, size: int, max_pixels: int) -> pa.Table:
+    """What an image of each shape (width and height, 0 where they are not known) means to the plan."""
+    heights, widths = (shapes[side].to_numpy().astype(np.int64) for side in ("height", "width"))
     known = (heights > 0) & (widths > 0)
     bucket_h, bucket_w = policy.sizes(np.where(known, heights, 1), np.where(known, widths, 1))
     bucket_h, bucket_w = np.where(known, bucket_h, 0), np.where(known, bucket_w, 0)
-    uris = np.argsort(pc.rank(images["uri"], tiebreaker="first").to_numpy())
-    order = uris[np.lexsort((bucket_w[uris], bucket_h[uris]))]
-    bucket_h, bucket_w = bucket_h[order], bucket_w[order]
-    is_first = np.r_[True, (np.diff(bucket_h) != 0) | (np.diff(bucket_w) != 0)][: len(order)]
-    pixels = np.where(known, heights.astype(np.int64) * widths, 0)[order]
-    places = np.clip(pixels, -(-SHARD_PIXELS // size), SHARD_PIXELS)  # of the SHARD_PIXELS that a shard has
-    taken = np.cumsum(places) - places
-    starts = np.flatnonzero(is_first)
-    taken -= np.repeat(taken[starts], np.diff(np.r_[starts, len(order)]))  # counted anew in each bucket
-    number = taken // SHARD_PIXELS
-    shards = np.cumsum(is_first | np.r_[True, np.diff(number) != 0][: len(order)]) - 1
-    names = [f"{h}x{w}" if h else None for h, w in zip(bucket_h.tolist(), bucket_w.tolist(), strict=True)]
-    columns = {"shard": pa.array(shards, pa.int32()), "bucket": pa.array(names, pa.string())}
-    ordered = images.take(pa.array(order))
-    return pa.table(columns | {name: ordered[name] for name in SCHEMA.names[2:]}, schema=SCHEMA)
+    pixels, inputs = heights * widths, bucket_h * bucket_w
+    places = np.maximum(pixels, inputs * (SHARD_PIXELS // SHARD_INPUT))
+    columns = {
+        "bucket_h": bucket_h,
+        "bucket_w": bucket_w,
+        "places": places.clip(-(-SHARD_PIXELS // size), SHARD_PIXELS),  # of the SHARD_PIXELS that a shard has
+        "work": inputs + pixels // DECODING,
+        "mask_pixels": np.where(pixels <= max_pixels, pixels, 0),
+    }
+    return pa.table({"width": shapes["width"], "height": shapes["height"], **columns})
 
 
-def without(images: pa.Table, done: pa.Table) -> pa.Table:
-    """The images whose (uri, etag) is not in `done`."""
-    return images.join(done.select(["uri", "etag"]), ["uri", "etag"], join_type="left anti")
+def cut(ordered: pa.RecordBatchReader, block: int) -> Iterator[pa.Table]:
+    """Rows in order, a table for each shard. `block` images are not parted; a row that is there twice counts once."""
+    cutter = Cutter(block)
+    pending: list[pa.Table] = []
+    for batch in ordered:
+        rows = cutter.once(pa.Table.from_batches([batch]))
+        edges = [0, *np.flatnonzero(cutter.begins(rows)).tolist(), len(rows)]
+        for number, (start, stop) in enumerate(pairwise(edges)):
+            if number and pending:
+                yield pa.concat_tables(pending)
+                pending = []
+            if stop > start:
+                pending.append(rows.slice(start, stop - start))
+    if pending:
+        yield pa.concat_tables(pending)
 
 
-def encode_plan(plan: pa.Table, origin: Origin) -> bytes:
-    """The plan as a Parquet file with one row group a shard."""
-    buffer = pa.BufferOutputStream()
-    schema = SCHEMA.with_metadata({ORIGIN_KEY: json.dumps(asdict(origin)).encode()})
-    with pq.ParquetWriter(buffer, schema, compression="zstd", write_page_checksum=True) as writer:
-        for start, stop in shard_slices(plan):
-            writer.write_table(plan.slice(start, stop - start).cast(schema))
-    return buffer.getvalue().to_pybytes()
+@dataclass
+class Cutter:
+    """Where shards begin in a stream of rows that comes in batches; what is counted goes on from one to the next."""
+
+    block: int
+    last: tuple[str, str] = ("", "")  # uri and etag
+    bucket: int = -1
+    shard: int = -1  # in its bucket
+    rows: int = 0
+    taken: int = 0  # places of all rows
+    bucket_row: int = 0  # the first of the bucket
+    bucket_taken: int = 0  # what was taken before it
+    block_taken: int = 0  # and before the block
+
+    def once(self, rows: pa.Table) -> pa.Table:
+        """The rows without those that repeat the one before, as when two runs have indexed the same."""
+        uris, etags = ([last, *rows[name].to_pylist()] for last, name in zip(self.last, ("uri", "etag"), strict=True))
+        self.last = uris[-1], etags[-1]
+        is_new = [pair[0] != pair[1] for pair in pairwise(zip(uris, etags, strict=True))]
+        return rows if all(is_new) else rows.filter(pa.array(is_new))
+
+    def begins(self, rows: pa.Table) -> np.ndarray:
+        """For each row, bool, whether it is the first of a shard."""
+        if not len(rows):
+            return np.zeros(0, bool)
+        bucket = rows["bucket_h"].to_numpy() << 16 | rows["bucket_w"].to_numpy()
+        places = rows["places"].to_numpy()
+        row = self.rows + np.arange(len(rows))
+        taken = self.taken + np.cumsum(places) - places
+        is_first = bucket != np.r_[self.bucket, bucket[:-1]]
+        bucket_row = latest(row, is_first, self.bucket_row)
+        bucket_taken = latest(taken, is_first, self.bucket_taken)
+        starts = is_first | ((row - bucket_row) % self.block == 0) | (places > SHARD_PIXELS // BLOCK)
+        block_taken = latest(taken, starts, self.block_taken)
+        shard = (block_taken - bucket_taken) // SHARD_PIXELS
+        begins = is_first | (shard != np.r_[self.shard, shard[:-1]])
+        self.bucket, self.shard, self.block_taken = int(bucket[-1]), int(shard[-1]), int(block_taken[-1])
+        self.bucket_row, self.bucket_taken = int(bucket_row[-1]), int(bucket_taken[-1])
+        self.rows, self.taken = int(row[-1]) + 1, int(taken[-1] + places[-1])
+        return begins
 
 
-def read_origin(file: pq.ParquetFile) -> Origin:
-    found = json.loads(file.schema_arrow.metadata[ORIGIN_KEY])
-    return Origin(**found | {key: tuple(found[key]) for key in ("include", "exclude")})
+def latest(values: np.ndarray, where: np.ndarray, before: int) -> np.ndarray:
+    """Of growing values, at each place the last one that is marked; `before` where there is none yet."""
+    return np.maximum.accumulate(np.where(where, values, before))
+
+
+def describe(shard: pa.Table) -> PlannedShard:
+    height, width = shard["bucket_h"][0].as_py(), shard["bucket_w"][0].as_py()
+    work, mask_pixels = (int(shard[name].to_numpy().sum()) for name in ("work", "mask_pixels"))
+    return PlannedShard(f"{height}x{width}" if height else None, len(shard), work, mask_pixels)
 
 
 def planned_images(shard: pa.Table) -> list[PlannedImage]:
     """The rows of one shard of a plan."""
-    names = ["uri", "etag", "bytes", "format", "width", "height"]
-    return [PlannedImage(**row) for row in shard.select(names).to_pylist()]
+    return [PlannedImage(**row) for row in shard.to_pylist()]
 
 
-def shard_slices(plan: pa.Table) -> Iterator[tuple[int, int]]:
-    """First and behind-last row of each shard."""
-    shards = plan["shard"].to_numpy()
-    edges = np.r_[np.flatnonzero(np.r_[True, np.diff(shards) != 0][: len(shards)]), len(shards)].tolist()
-    return pairwise(edges)
+def most_work_first(shards: Sequence[int], work: Sequence[int]) -> list[int]:
+    """Shards in the order in which they are to be done, so that no long one is left to run alone at the end; those of
+    about the same work stay in the plan's order, which keeps the shapes that a worker sees together.
+    """
+    return sorted(shards, key=lambda shard: (-work[shard].bit_length(), shard))
 
 
 @dataclass(frozen=True)
@@ -130,8 +254,13 @@ class Bucket:
     images: int
     shards: int
     batch: int  # images in a full batch
-    fill: float  # images by places in batches, 0 to 1
+    batches: int
     mask_bytes: int  # estimated
+
+    @property
+    def fill(self) -> float:
+        """Images by places in batches, 0 to 1."""
+        return self.images / (self.batches * self.batch)
 
 
 def batch_size(height: int, width: int, batch_pixels: int) -> int:
@@ -139,22 +268,19 @@ def batch_size(height: int, width: int, batch_pixels: int) -> int:
     return max(1, batch_pixels // (height * width))
 
 
-def summarise(plan: pa.Table, batch_pixels: int, max_pixels: int) -> list[Bucket]:
-    """The plan's buckets, largest first; an image of more than `max_pixels` will have no mask."""
-    pixels = pc.multiply(plan["width"].cast(pa.int64()), plan["height"].cast(pa.int64()))
-    shards = plan.append_column("pixels", pc.if_else(pc.less_equal(pixels, max_pixels), pixels, 0))
-    shards = shards.group_by(["bucket", "shard"]).aggregate([("uri", "count"), ("pixels", "sum")])
-    buckets: dict[str | None, list[tuple[int, int]]] = {}
-    for row in shards.to_pylist():
-        buckets.setdefault(row["bucket"], []).append((row["uri_count"], row["pixels_sum"] or 0))
-    found = []
-    for name, members in buckets.items():
-        images = sum(count for count, _ in members)
+def summarise(shards: Sequence[PlannedShard], batch_pixels: int) -> list[Bucket]:
+    """A plan's buckets, largest first."""
+    members: dict[str | None, list[PlannedShard]] = {}
+    for shard in shards:
+        members.setdefault(shard.bucket, []).append(shard)
+    buckets = []
+    for name, found in members.items():
         batch = batch_size(*bucket_size(name), batch_pixels) if name else 1
-        places = sum(-(-count // batch) * batch for count, _ in members)
-        mask_bytes = round(MASK_BYTES_PER_PIXEL * sum(pixels for _, pixels in members))
-        found.append(Bucket(name or "unknown", images, len(members), batch, images / places, mask_bytes))
-    return sorted(found, key=lambda bucket: (-bucket.images, bucket.name))
+        batches = sum(-(-shard.images // batch) for shard in found)
+        mask_bytes = round(MASK_BYTES_PER_PIXEL * sum(shard.mask_pixels for shard in found))
+        images = sum(shard.images for shard in found)
+        buckets.append(Bucket(name or "unknown", images, len(found), batch, batches, mask_bytes))
+    return sorted(buckets, key=lambda bucket: (-bucket.images, bucket.name))
 
 
 def bucket_size(name: str) -> tuple[int, int]:

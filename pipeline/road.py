@@ -32,13 +32,15 @@ from model.labels import LabelSet
 from model.predictor import Predictor, use_threads
 from model.segmentation import Segmentation
 from pipeline.config import SegmentSettings
+from pipeline.containers import ContainerError, Images
 from pipeline.decode import DecodeError, decode, resize
 from pipeline.masks import encode_mask
 from pipeline.plan import PlannedImage, batch_size
 from pipeline.policy import parse_policy
+from pipeline.reader import ChangedError
 from pipeline.schema import Outcome
 from pipeline.stages import Clock, Gate, Stage
-from pipeline.storage import CREDENTIALS, ERRORS, Store, error_code, reason
+from pipeline.storage import CREDENTIALS, ERRORS, error_code, reason
 
 FETCH_ATTEMPTS = 3
 FEWEST_REQUESTS, MOST_REQUESTS = 8, 128  # in flight: at first, and as many as the store's latency may make of them
@@ -136,7 +138,7 @@ class Road:
 
     def __init__(
         self,
-        source: Store,
+        source: Images,
         predictor: Predictor,
         labels: LabelSet,
         settings: SegmentSettings,
@@ -238,6 +240,9 @@ class Road:
     def fetch(self, item: Item) -> None:
         """The object's bytes, or why there are none."""
         image, limit = item.image, self.settings.max_pixels
+        if image.error:  # there is nothing to fetch
+            item.outcome = Outcome("unreadable", image.error)
+            return
         if (image.width or 0) * (image.height or 0) > limit:
             item.outcome = Outcome("too_large", f"{image.width}x{image.height} is over --max-pixels {limit:,}")
             return
@@ -245,6 +250,10 @@ class Road:
             item.data = self.read(image)
         except FileNotFoundError:
             item.outcome = Outcome("missing", "the object is gone since it was indexed")
+        except ChangedError:
+            item.outcome = CHANGED
+        except ContainerError as error:
+            item.outcome = Outcome("unreadable", str(error))
         except ERRORS as error:
             if error_code(error) in CREDENTIALS:
                 raise
@@ -252,21 +261,18 @@ class Road:
             item.outcome = Outcome("failed", reason(error))
         else:
             item.job.fetched = True
-            if len(item.data) != image.bytes or not self.source.is_unchanged(image.uri, image.etag):
-                item.data, item.outcome = None, CHANGED
 
     def read(self, image: PlannedImage) -> bytes:
-        """The object's bytes, at most one beyond those that were indexed; a store that fails is asked again."""
-        limit = image.bytes + 1 if image.bytes else None  # S3 has no range of an empty object
+        """The image's bytes; a store that fails is asked again."""
         for attempt in range(FETCH_ATTEMPTS - 1):
             try:
-                return self.source.fetch(image.uri, limit)
+                return self.source.fetch(image)
             except (FileNotFoundError, PermissionError):
                 raise
             except ERRORS:
                 self.retries += 1
                 time.sleep(2**attempt)
-        return self.source.fetch(image.uri, limit)
+        return self.source.fetch(image)
 
     def decode(self, item: Item) -> None:
         """Bytes to pixels at the size that the network wants."""

@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
-import pyarrow as pa
 import ray
 import ray.exceptions
 import torch
@@ -24,18 +24,27 @@ import torch
 from model.checkpoint import Checkpoint, load_checkpoint, model_version
 from model.predictor import EngineError, choose_engine
 from pipeline import schema
-from pipeline.cluster import FAILED_SHARDS, Workers, check_network, ray_address, ray_session, size_workers
-from pipeline.commit import Run, claimed, unfinished
+from pipeline.cluster import (
+    FAILED_SHARDS,
+    TASK_RETRIES,
+    Workers,
+    check_network,
+    ray_address,
+    ray_session,
+    size_workers,
+    spread,
+)
+from pipeline.commit import Contents, Run, claimed, leave_out, unfinished
 from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
-from pipeline.index import summary, update_index
+from pipeline.index import update_index
+from pipeline.inputs import summary
 from pipeline.metrics import start_hub
-from pipeline.plan import Origin, make_plan, without
+from pipeline.plan import Origin, Plan, make_plan, most_work_first
 from pipeline.policy import parse_policy
 from pipeline.segment import SHARDS_AHEAD, Job, Segmenter
 from pipeline.storage import Store, public_url, storage_options
+from pipeline.tables import Workspace, workspace
 from pipeline.totals import Totals, add
-
-TASK_RETRIES = 3  # of a shard whose worker dies; Ray's own default is for ever
 
 
 class Listener(Protocol):
@@ -44,8 +53,11 @@ class Listener(Protocol):
     def say(self, text: str) -> None:
         """One line about what happens next."""
 
+    def listing(self, found: int) -> None:
+        """Objects listed so far."""
+
     def indexing(self, done: int, total: int) -> None:
-        """Headers read, of those to read."""
+        """Objects whose headers are read, of those to read."""
 
     def segmenting(self, done: int, total: int, failures: int) -> None:
         """Images done, of those planned; how many of them have no mask."""
@@ -74,8 +86,8 @@ def segment(settings: SegmentSettings, listener: Listener, worker: type[Segmente
     output.check_writable()
     check_engine(settings, checkpoint)
     version = model_version(checkpoint.digest, settings.mask_settings())
-    source = public_url(Store(settings.input, settings).uri(""))
-    origin = Origin(source, settings.include, settings.exclude, settings.policy, version)
+    inputs = tuple(public_url(Store(url, settings).uri("")) for url in settings.input)
+    origin = Origin(inputs, settings.include, settings.exclude, settings.policy, version)
     run = find_run(settings, output, origin, listener)
     if record := run.record():
         listener.say(
@@ -83,12 +95,12 @@ def segment(settings: SegmentSettings, listener: Listener, worker: type[Segmente
             "(leave out --run-id for images that came later)"
         )
         return Result(record, is_new=False)
-    total = prepare(settings, run, origin, listener)
-    if not total:
+    plan = prepare(settings, run, origin, listener)
+    if not plan:
         listener.say("nothing new: every image has a row from this model version")
         return Result(None, is_new=False)
     started = time.time()
-    stretch = segment_shards(settings, checkpoint, run, origin.model_version, total, listener, worker)
+    stretch = segment_shards(settings, checkpoint, run, plan, listener, worker)
     return Result(commit(settings, checkpoint, run, origin, started, stretch), is_new=True)
 
 
@@ -120,41 +132,44 @@ def find_run(settings: SegmentSettings, output: Store, origin: Origin, listener:
 
 def check_origin(run: Run, origin: Origin) -> None:
     """Raise `ConfigurationError` when the run has a plan that was made from something else."""
-    planned = run.origin()
-    if planned and planned != origin:
-        differing = [f"{key} {value!r}" for key, value in vars(planned).items() if value != getattr(origin, key)]
+    contents = run.contents()
+    if contents and contents.origin != origin:
+        planned = vars(contents.origin).items()
+        differing = [f"{key} {value!r}" for key, value in planned if value != getattr(origin, key)]
         raise ConfigurationError(
             f"run {run.id} was planned with {', '.join(differing)}; use the same again, or another --run-id"
         )
 
 
-def prepare(settings: PlanSettings, run: Run, origin: Origin, listener: Listener) -> int:
-    """Make sure that the run has a plan; how many images it holds. An existing plan is kept as it is."""
-    if not run.origin():
-        plan = index_and_plan(settings, run.store, origin.model_version, listener)
-        if not len(plan):
-            return 0
-        with contextlib.suppress(FileExistsError):  # another driver's plan, or our own after a lost reply
-            run.begin(plan, origin)
+def prepare(settings: SegmentSettings, run: Run, origin: Origin, listener: Listener) -> Contents | None:
+    """What the run is to do: an existing plan as it is, or a new one; None when there is nothing new."""
+    if not (contents := run.contents()):
+        with workspace() as space:
+            plan = index_and_plan(settings, run.store, origin.model_version, space, listener)
+            if not plan.shards:
+                return None
+            with contextlib.suppress(FileExistsError):  # another driver's plan, or our own after a lost reply
+                run.begin(plan, origin)
         check_origin(run, origin)
-    return run.open_plan().metadata.num_rows
+        contents = run.contents()
+    return contents
 
 
-def index_and_plan(settings: PlanSettings, output: Store, version: str, listener: Listener) -> pa.Table:
-    """Bring the index up to date, and plan what no run with this model version has."""
-    source = Store(settings.input, settings)
-    listener.say(f"listing {source.url}")
-    index = update_index(settings, source, output, listener.indexing)
-    taken, open_runs = claimed(output, version)
-    new = without(index.images, taken)
-    done = len(index.images) - len(new)
+def index_and_plan(settings: PlanSettings, output: Store, version: str, space: Workspace, listener: Listener) -> Plan:
+    """Bring the index up to date, and plan what no run with this model version has; the plan is in the workspace."""
+    listener.say(f"listing {', '.join(map(public_url, settings.input))}")
+    index = update_index(settings, output, space.tables, listener, partial(spread, settings))
+    parts, open_runs = claimed(output, version)
+    new = leave_out(space.tables, output, parts)
+    done = index.images - new
     listener.say(
-        f"{len(index.images):,} images{summary(index.skipped)}, {index.opened:,} headers read"
+        f"{index.images:,} images{summary(index.skipped)}, {index.opened:,} headers read"
         + (f", {done:,} in earlier runs" if done else "")
     )
     for run in open_runs:
         listener.say(f"run {run.id} has images of its own and is not finished; finish it with its settings")
-    return make_plan(new, parse_policy(settings.policy), settings.shard_images)
+    policy = parse_policy(settings.policy)
+    return make_plan(space.tables, space.folder, policy, settings.shard_images, settings.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -169,15 +184,14 @@ def segment_shards(
     settings: SegmentSettings,
     checkpoint: Checkpoint,
     run: Run,
-    version: str,
-    images: int,
+    plan: Contents,
     listener: Listener,
     worker: type[Segmenter],
 ) -> Stretch:
     """Have the workers do every shard that is not there yet. Raises `IncompleteRunError`."""
-    shards = run.open_plan().metadata.num_row_groups
+    images, shards, version = sum(plan.images), len(plan.images), plan.origin.model_version
     done = run.done()
-    todo = sorted(set(range(shards)) - set(done))
+    todo = most_work_first(sorted(set(range(shards)) - set(done)), plan.work)
     if done:
         listener.say(f"{len(done):,} of {shards:,} shards of run {run.id} are there already")
     if not todo:

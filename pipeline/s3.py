@@ -7,6 +7,7 @@ one, it is not asked any more.
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,8 +22,17 @@ CREDENTIALS_FOR = timedelta(minutes=5)  # then botocore is asked again, which re
 TIMEOUTS = {"connect_timeout": "5s", "timeout": "60s"}
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some bytes of an object, and what the store says of all of it."""
+
+    data: bytes
+    etag: str
+    bytes: int
+
+
 class Fetcher:
-    """Whole objects of the buckets that an s3fs file system reaches."""
+    """Objects of the buckets that an s3fs file system reaches."""
 
     def __init__(self, filesystem: S3FileSystem):
         filesystem.connect()
@@ -40,23 +50,23 @@ class Fetcher:
         self.stores: dict[str, S3Store] = {}
         self.failures = 0
 
-    def fetch(self, path: str, limit: int | None) -> bytes | None:
-        """The bytes of the object at "bucket/key"; None where s3fs should be asked, as for one of `limit` or more."""
+    def fetch(self, path: str, start: int, end: int | None) -> Piece | None:
+        """Bytes `start` to `end`, or to the last, of the object at "bucket/key"; None where s3fs should be asked."""
         bucket, _, key = path.partition("/")
         if self.failures >= FAILURES:
             return None
         try:
             if bucket not in self.stores:
                 self.stores[bucket] = S3Store(bucket, **self.options)
-            found = obstore.get(self.stores[bucket], key)
-            data = bytes(found.bytes()) if limit is None or found.meta["size"] < limit else None
+            found = obstore.get(self.stores[bucket], key, options={} if end is None else {"range": (start, end)})
+            piece = Piece(bytes(found.bytes()), (found.meta["e_tag"] or "").strip('"'), found.meta["size"])
         except GenericError:  # of the connection or the server, or of what this client does not know
             self.failures += 1
         except (BaseError, ValueError):  # missing, denied, or a key that it does not take
             pass
         else:
             self.failures = 0
-            return data
+            return piece
         return None
 
 

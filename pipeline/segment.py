@@ -5,7 +5,6 @@ is fed to the road, one is on it, one is being put, so that the network never wa
 """
 
 import logging
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -18,13 +17,15 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.predictor import Predictor
-from pipeline.commit import Run
+from pipeline.commit import PlanFiles, Run
 from pipeline.config import SegmentSettings
-from pipeline.plan import PlannedImage, planned_images
+from pipeline.containers import Images
+from pipeline.plan import PlannedImage
+from pipeline.reader import Reader
 from pipeline.road import Road, Shard
 from pipeline.schema import SUMMARY_KEY, Outcome, encode_shard, row
 from pipeline.stages import STATES
-from pipeline.storage import Store, reason
+from pipeline.storage import ERRORS, Store, reason
 from pipeline.totals import Totals
 
 SHARDS_AHEAD = 3  # given to a worker at once: one that is fed, one that drains, one that is put
@@ -59,8 +60,8 @@ class Segmenter:
         self.job, self.hub, self.labels = job, hub, loaded.labels
         self.predictor = self.load(loaded)
         self.run = Run(Store(settings.output, settings), job.run_id)
-        self.plan, self.reading = self.run.open_plan(), threading.Lock()
-        self.source = Store(settings.input, settings)
+        self.plan = PlanFiles(self.run)
+        self.source = Images(Reader(settings), settings.image_column)
         self.road = Road(self.source, self.predictor, self.labels, settings, job.threads, job.memory)
         self.started = resident_memory("VmHWM")
         self.largest_shard = 0  # pixels
@@ -99,8 +100,7 @@ class Segmenter:
 
     def images(self, shard: int) -> list[PlannedImage]:
         """What the plan says about a shard."""
-        with self.reading:  # one file, many threads
-            images = planned_images(self.plan.read_row_group(shard))
+        images = self.plan.images(shard)
         pixels = sum((image.width or 0) * (image.height or 0) for image in images)
         self.largest_shard = max(self.largest_shard, pixels)
         return images
@@ -108,7 +108,7 @@ class Segmenter:
     def bound(self) -> int:
         """The most bytes that this process may have, for the shards that have come so far."""
         rows = SHARDS_AHEAD * int(ROW_BYTES_PER_PIXEL * self.largest_shard)
-        return self.started + self.road.bound() + rows
+        return self.started + self.road.bound() + rows + self.source.bound()
 
     def collect(self, shard: int, sent: Shard) -> list[Outcome]:
         """The outcomes of a shard's images in order; the hub hears how far it is."""
@@ -126,8 +126,15 @@ class Segmenter:
 
     def store_answers(self) -> bool:
         """Whether any of a few objects from all over the plan can be read."""
-        probes = [self.images(self.plan.num_row_groups * part // PROBES)[0].uri for part in range(PROBES)]
-        return any(isinstance(head, bytes) for head in self.source.heads(probes, 1, PROBES))
+        shards = len(self.plan.contents.images)
+        return any(self.can_read(self.plan.images(shards * part // PROBES)[0]) for part in range(PROBES))
+
+    def can_read(self, image: PlannedImage) -> bool:
+        try:
+            self.source.reader.get(image.file or image.uri, 0, 1)
+        except ERRORS:
+            return False
+        return True
 
     def put(self, shard: int, images: list[PlannedImage], outcomes: list[Outcome], totals: Totals) -> None:
         job = self.job

@@ -9,10 +9,10 @@ import errno
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any
 
 import aiohttp
 import fsspec
@@ -22,7 +22,6 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import ConfigurationError, StorageSettings
-from pipeline.s3 import Fetcher, fetcher
 
 S3_OPTIONS: dict[str, Any] = {
     "connect_timeout": 5,  # seconds
@@ -68,60 +67,81 @@ class Store:
         """`name` as a URL."""
         return self.filesystem.unstrip_protocol(self.path(name))
 
-    def listing(self) -> Iterator[tuple[str, Entry | None]]:
-        """Every object below the root as (name, entry), in order; what is no file has no entry, and a name ending in /.
+    def listing(self, beginning: str = "") -> Iterator[tuple[str, Entry | None]]:
+        """Every object below the root as (name, entry), as it is found; what is no file has no entry.
+
+        A store that can be asked for them gives only names with that `beginning`.
 
         Raises `ConfigurationError` when the root does not exist or may not be listed.
         """
+        walk = self.walk_local if self.is_local else partial(self.walk_s3, beginning) if self.is_s3 else self.walk_other
+        found = False
         try:
-            found = self.filesystem.find(self.root, withdirs=self.is_local, detail=True)
+            for listed in walk():
+                found = True
+                yield listed
             if not found and not self.filesystem.exists(self.root):
                 raise FileNotFoundError
         except (*ERRORS, ValueError) as error:
             raise ConfigurationError(f"{self.url}: cannot be listed: {reason(error)}") from None
-        for path, info in sorted(found.items()):
-            name = path[len(self.root) :].lstrip("/") or path.rpartition("/")[2]
-            if path == self.root and info["type"] == "directory":
+
+    def walk_local(self) -> Iterator[tuple[str, Entry | None]]:
+        """Folder after folder, also behind symbolic links, each once."""
+        if os.path.isfile(self.root):
+            yield self.local_entry(self.root)
+        seen = set()
+        for folder, folders, files in os.walk(self.root, followlinks=True):
+            here = os.stat(folder)
+            if (here.st_dev, here.st_ino) in seen:
+                folders.clear()
                 continue
-            uri = self.filesystem.unstrip_protocol(path)
-            if self.is_local:
-                file = regular_file(path)
-                yield (name, Entry(uri, local_etag(file), file.st_size)) if file else (f"{name}/", None)
-            elif info["type"] != "file":
-                yield f"{name}/", None
-            elif info.get("size") is None:
-                raise ConfigurationError(
-                    f"{self.url}: this kind of store does not tell the size of its files; copy them"
-                )
+            seen.add((here.st_dev, here.st_ino))
+            for name in folders:
+                yield self.name(os.path.join(folder, name)), None
+            for name in files:
+                yield self.local_entry(os.path.join(folder, name))
+
+    def local_entry(self, path: str) -> tuple[str, Entry | None]:
+        file = regular_file(path)
+        uri = self.filesystem.unstrip_protocol(path)
+        return self.name(path), Entry(uri, local_etag(file), file.st_size) if file else None
+
+    def walk_s3(self, beginning: str) -> Iterator[tuple[str, Entry | None]]:
+        """Page after page, so that a bucket of any size is listed in a bounded memory."""
+        bucket, _, prefix = self.root.partition("/")
+        if not bucket:
+            raise ValueError("Cannot traverse all of S3; name a bucket")
+        below = f"{prefix}/" if prefix else ""
+        options = {"Bucket": bucket, "Prefix": below + beginning}
+        while True:
+            page = self.filesystem.call_s3("list_objects_v2", **options)
+            for found in page.get("Contents", ()):
+                path = f"{bucket}/{found['Key']}"
+                is_folder = path.endswith("/")  # as consoles make them
+                yield self.name(path), None if is_folder else self.entry(path, etag_of(found), found["Size"])
+            if not page.get("IsTruncated"):
+                break
+            options["ContinuationToken"] = page["NextContinuationToken"]
+        if prefix and not beginning and self.filesystem.isfile(self.root):
+            found = self.filesystem.info(self.root)
+            yield self.name(self.root), self.entry(self.root, etag_of(found), found["size"])
+
+    def walk_other(self) -> Iterator[tuple[str, Entry | None]]:
+        """All at once, as fsspec has no other way for every kind of store."""
+        for path, found in self.filesystem.find(self.root, detail=True).items():
+            if found["type"] != "file":
+                yield self.name(path), None
+            elif found.get("size") is None:
+                raise ValueError("this kind of store does not tell the size of its files; copy them")
             else:
-                yield name, Entry(uri, etag_of(info), int(info["size"]))
+                yield self.name(path), self.entry(path, etag_of(found), int(found["size"]))
 
-    def heads(self, uris: Sequence[str], length: int, requests: int) -> list[bytes | BaseException]:
-        """The first `length` bytes of each object, or the error that came instead."""
-        paths = [self.filesystem._strip_protocol(uri) for uri in uris]
-        parallel = {"batch_size": requests} if self.filesystem.async_impl else {}
-        ends = [length] * len(paths)
-        return self.filesystem.cat_ranges(paths, [0] * len(paths), ends, on_error="return", **parallel)
+    def entry(self, path: str, etag: str, size: int) -> Entry:
+        return Entry(self.filesystem.unstrip_protocol(path), etag, size)
 
-    def open(self, uri: str) -> BinaryIO:
-        """A seekable reader of an object that fetches only what is read."""
-        return self.filesystem.open(self.filesystem._strip_protocol(uri), "rb", block_size=256 << 10)
-
-    def fetch(self, uri: str, limit: int | None = None) -> bytes:
-        """The bytes of an object, up to `limit` of them. Raises FileNotFoundError or another of `ERRORS`."""
-        path = self.filesystem._strip_protocol(uri)
-        if self.fetcher and (data := self.fetcher.fetch(path, limit)) is not None:
-            return data
-        return self.filesystem.cat_file(path, end=limit)
-
-    @cached_property
-    def fetcher(self) -> Fetcher | None:
-        """What gets S3 objects sooner, where that can be."""
-        return fetcher(self.filesystem, self.settings.storage_option)
-
-    def is_unchanged(self, uri: str, etag: str) -> bool:
-        """Whether a local file is still the one of `etag`; True in a store, where asking would be a request more."""
-        return not self.is_local or local_etag(os.stat(self.filesystem._strip_protocol(uri))) == etag
+    def name(self, path: str) -> str:
+        """A file system's path as a name below the root; of the root itself the last part."""
+        return path[len(self.root) :].lstrip("/") or path.rpartition("/")[2]
 
     def read(self, name: str) -> bytes:
         """All bytes of the object `name`. Raises FileNotFoundError."""

@@ -17,22 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.predictor import Predictor
 from model.segmentation import Segmentation
 from pipeline.config import SegmentSettings
+from pipeline.containers import Images
 from pipeline.decode import decode, resize
 from pipeline.index import update_index
 from pipeline.masks import encode_mask
-from pipeline.plan import PlannedImage, make_plan, planned_images, shard_slices
+from pipeline.plan import PlannedImage, make_plan, planned_images
 from pipeline.policy import parse_policy
+from pipeline.reader import Reader
 from pipeline.road import Road
 from pipeline.run import segment
 from pipeline.schema import Outcome, encode_shard, row
 from pipeline.segment import Segmenter
 from pipeline.storage import Entry, Store
+from pipeline.tables import workspace
 
 SHARD = 512  # images
 SLEEP, SLEEPERS = 0.080, 32  # seconds a batch, images in one
@@ -52,7 +56,7 @@ class Case:
 
     def settings(self, **more: Any) -> SegmentSettings:
         return SegmentSettings(
-            input=self.source, output=self.output, checkpoint=self.checkpoint, policy=self.policy, **more
+            input=(self.source,), output=self.output, checkpoint=self.checkpoint, policy=self.policy, **more
         )
 
 
@@ -168,7 +172,7 @@ class BareWork:
 
     def __call__(self, chunk: list[Entry]) -> int:
         store, labels = open_source(self.case)
-        if store.is_local:
+        if "://" not in self.case.source:
             rows = [self.one(store, labels, entry) for entry in chunk]
         else:
             with ThreadPoolExecutor(REQUESTS) as pool:
@@ -178,8 +182,8 @@ class BareWork:
             output.put(f"bare/{abs(hash(chunk[0].uri))}.parquet", encode_shard([row for row in rows if row], {}))
         return len(chunk)
 
-    def one(self, store: Store, labels: Any, entry: Entry) -> dict | None:
-        data = store.fetch(entry.uri)
+    def one(self, store: Reader, labels: Any, entry: Entry) -> dict | None:
+        data = store.fetch(entry.uri, entry.etag, entry.bytes)
         if self.last == "fetch":
             return None
         pixels = decode(data, 10**9)
@@ -194,24 +198,26 @@ class BareWork:
 
 
 @cache
-def open_source(case: Case) -> tuple[Store, Any]:
+def open_source(case: Case) -> tuple[Reader, Any]:
     torch.set_num_threads(1)
-    return Store(case.source, case.settings()), load_checkpoint(case.checkpoint).labels
+    return Reader(case.settings()), load_checkpoint(case.checkpoint).labels
 
 
 def shards(case: Case) -> list[list[PlannedImage]]:
     """The collection as a plan has it."""
     settings = case.settings()
-    source, output = Store(case.source, settings), Store(case.output, settings)
-    plan = make_plan(update_index(settings, source, output, lambda *_: None).images, parse_policy(case.policy), SHARD)
-    return [planned_images(plan.slice(start, stop - start)) for start, stop in shard_slices(plan)]
+    with workspace() as space:
+        update_index(settings, Store(case.output, settings), space.tables, Watch(), map)
+        plan = make_plan(space.tables, space.folder, parse_policy(case.policy), SHARD, settings.max_pixels)
+        files = [pq.ParquetFile(part) for part in plan.parts]
+        return [planned_images(file.read_row_group(n)) for file in files for n in range(file.num_row_groups)]
 
 
 def stages(case: Case) -> Stretch:
     """The worker's stages alone, without Ray and Parquet."""
     store, labels = open_source(case)
     planned, stretch = shards(case), Stretch()
-    road = Road(store, NullPredictor(), labels, case.settings(), case.threads, 1 << 30)  # type: ignore[arg-type]
+    road = Road(Images(store, None), NullPredictor(), labels, case.settings(), case.threads, 1 << 30)  # type: ignore[arg-type]
     for sent in [road.send(images) for images in planned]:
         for _ in sent.outcomes():
             stretch.done(stretch.images + 1)
@@ -227,6 +233,9 @@ class Watch:
 
     def say(self, text: str) -> None:
         print(text, flush=True)
+
+    def listing(self, found: int) -> None:
+        pass
 
     def indexing(self, done: int, total: int) -> None:
         pass
@@ -253,12 +262,12 @@ def ready(case: Case, lanes: int | None = None) -> Stretch:
     torch.set_num_threads(case.threads)
     predictor = Predictor(load_checkpoint(case.checkpoint), "cpu")
     lanes = lanes or predictor.lanes
-    store, policy = Store(case.source, case.settings()), parse_policy(case.policy)
+    store, policy = Reader(case.settings()), parse_policy(case.policy)
     everything = [image for shard in shards(case) for image in shard]
     some = everything[:: max(1, len(everything) // READY)]
     sizes = [(image.height or 0, image.width or 0) for image in some]
     pixels = [
-        resize(decode(store.fetch(image.uri), 10**9), *policy.size(*size))
+        resize(decode(store.fetch(image.uri, image.etag, image.bytes), 10**9), *policy.size(*size))
         for image, size in zip(some, sizes, strict=True)
     ]
     stretch, lock, todo = Stretch(), threading.Lock(), iter(range(len(everything)))

@@ -1,93 +1,208 @@
 """Every image is in exactly one shard, every shard holds one bucket, and the plan is the same each time."""
 
-import io
+import dataclasses
+from collections.abc import Iterator
 
+import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import index
+from pipeline import index, plan
+from pipeline.commit import CLAIMED, PlanFiles, Run, leave_out
+from pipeline.config import StorageSettings
 from pipeline.plan import (
     SHARD_PIXELS,
     Origin,
+    Plan,
     batch_size,
-    encode_plan,
     make_plan,
+    most_work_first,
     planned_images,
-    read_origin,
-    shard_slices,
+    shard_size,
     summarise,
-    without,
 )
 from pipeline.policy import parse_policy
+from pipeline.storage import Store
 
 SIZES = st.one_of(st.none(), st.tuples(st.integers(1, 5000), st.integers(1, 5000)))
+ORIGIN = Origin(("s3://in",), ("*.jpg",), (), "short=32", "abc")
 
 
 def images_of(sizes: list[tuple[int, int] | None]) -> pa.Table:
     rows = [
-        {"uri": f"s3://b/{number:04d}", "etag": f"e{number}", "bytes": 9, "format": "jpeg"}
+        {"uri": f"s3://b/{number:06d}", "etag": f"e{number}", "bytes": 9, "format": "jpeg"}
         | ({"height": size[0], "width": size[1]} if size else {"error": "broken"})
         for number, size in enumerate(sizes)
     ]
     return pa.Table.from_pylist(rows, index.SCHEMA)
 
 
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """Make a plan of a table of images, and read its shards back."""
+
+    def make(images: pa.Table, policy: str, size: int | None, max_pixels: int = 10**9) -> tuple[Plan, list[pa.Table]]:
+        with duckdb.connect() as tables:
+            tables.register("given", images)
+            tables.execute("CREATE TABLE images AS FROM given")
+            made = make_plan(tables, tmp_path_factory.mktemp("plan"), parse_policy(policy), size, max_pixels)
+        return made, list(shards_of(made))
+
+    return make
+
+
+def shards_of(made: Plan) -> Iterator[pa.Table]:
+    for part in made.parts:
+        with pq.ParquetFile(part) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(SIZES, min_size=1, max_size=120), st.integers(1, 9))
-def test_a_plan_holds_every_image_once_in_shards_of_one_bucket(sizes, shard_images):
-    policy = parse_policy("short=64")
+@given(st.lists(SIZES, min_size=1, max_size=120), st.integers(1, 40))
+def test_a_plan_holds_every_image_once_in_shards_of_one_bucket(planned, sizes, shard_images):
     images = images_of(sizes)
-    plan = make_plan(images, policy, shard_images)
-    assert sorted(plan["uri"].to_pylist()) == images["uri"].to_pylist()
-    shards = [plan.slice(start, stop - start) for start, stop in shard_slices(plan)]
-    assert [set(shard["shard"].to_pylist()) for shard in shards] == [{number} for number in range(len(shards))]
-    for shard in shards:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "PART_SHARDS", 3)
+        made, shards = planned(images, "short=64", shard_images)
+    policy = parse_policy("short=64")
+    assert sorted(uri for shard in shards for uri in shard["uri"].to_pylist()) == images["uri"].to_pylist()
+    assert [len(shard) for shard in shards] == [shard.images for shard in made.shards]
+    assert len(made.parts) == -(-len(shards) // 3)
+    for shard, told in zip(shards, made.shards, strict=True):
         assert len(shard) <= shard_images
-        (bucket,) = set(shard["bucket"].to_pylist())
         for image in planned_images(shard):
             known = image.height and image.width
-            assert bucket == ("{}x{}".format(*policy.size(image.height, image.width)) if known else None)
+            assert told.bucket == ("{}x{}".format(*policy.size(image.height, image.width)) if known else None)
 
 
-def test_a_shard_of_large_images_has_fewer():
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000])
+def test_where_a_batch_of_rows_ends_changes_nothing(rows):
+    rng = np.random.default_rng(1)
+    bucket = np.sort(rng.integers(1, 6, 1000)) * 32
+    table = pa.table(
+        {
+            "bucket_h": bucket,
+            "bucket_w": bucket,
+            "places": rng.integers(SHARD_PIXELS // 100, SHARD_PIXELS // 10, 1000),
+            "uri": [f"{number:04d}" for number in range(1000)],
+            "etag": ["e"] * 1000,
+        }
+    )
+    whole = [shard["uri"].to_pylist() for shard in plan.cut(table.to_reader(1000), 16)]
+    assert [shard["uri"].to_pylist() for shard in plan.cut(table.to_reader(rows), 16)] == whole
+    assert [uri for shard in whole for uri in shard] == table["uri"].to_pylist()
+    assert len(whole) > 40
+
+
+def test_a_shard_of_large_images_has_fewer(planned):
     sizes = [(480, 640)] * 1000 + [(3000, 4000)] * 300 + [(30_000, 40_000)] * 3
-    plan = make_plan(images_of(sizes), parse_policy("short=512"), 512)
-    shards = [plan.slice(start, stop - start) for start, stop in shard_slices(plan)]
+    _, shards = planned(images_of(sizes), "short=512", 512)
     for shard in shards:
         pixels = [image.width * image.height for image in planned_images(shard)]
-        assert sum(pixels[:-1]) < SHARD_PIXELS
         assert len(pixels) <= 512
+        assert sum(pixels[:-1]) < 1.25 * SHARD_PIXELS
     assert len(shards) < 12
+    assert len(planned(images_of([(100, 100)] * 600), "exact=2048x2048", 512)[1]) == 5  # the network's work counts too
 
 
+def test_shards_are_sized_by_the_collection_in_whole_batches():
+    assert [shard_size(images) for images in (1, 2_000, 20_000, 10**6, 10**9)] == [64, 64, 256, 1024, 1024]
+
+
+@settings(max_examples=20, deadline=None)
 @given(st.permutations(range(30)))
-def test_the_order_of_the_index_does_not_change_the_plan(order):
+def test_the_order_of_the_index_does_not_change_a_byte_of_the_plan(planned, order):
     images = images_of([(40 + number % 7, 60) for number in range(30)])
-    policy, origin = parse_policy("short=32"), Origin("in", (), (), "short=32", "v")
-    expected = encode_plan(make_plan(images, policy, 4), origin)
-    assert encode_plan(make_plan(images.take(pa.array(order)), policy, 4), origin) == expected
+    expected, _ = planned(images, "short=32", 4)
+    found, _ = planned(images.take(pa.array(order)), "short=32", 4)
+    assert found.digest() == expected.digest()
+    assert [part.read_bytes() for part in found.parts] == [part.read_bytes() for part in expected.parts]
 
 
-def test_a_plan_file_has_one_row_group_a_shard_and_remembers_its_origin():
-    plan = make_plan(images_of([(50, 50)] * 10 + [None]), parse_policy("short=32"), 4)
-    file = pq.ParquetFile(io.BytesIO(encode_plan(plan, Origin("s3://in", ("*.jpg",), (), "short=32", "abc"))))
-    assert file.num_row_groups == 4
-    assert [len(file.read_row_group(number)) for number in range(4)] == [1, 4, 4, 2]
-    assert read_origin(file) == Origin("s3://in", ("*.jpg",), (), "short=32", "abc")
+def test_an_image_that_was_indexed_twice_is_planned_once(planned):
+    images = images_of([(50, 50)] * 5)
+    _, shards = planned(pa.concat_tables([images, images.slice(2, 2)]), "short=32", 16)
+    assert shards[0]["uri"].to_pylist() == images["uri"].to_pylist()
 
 
-def test_what_is_done_is_not_planned_and_what_changed_is():
-    images = images_of([(50, 50)] * 3)
-    done = pa.table({"uri": ["s3://b/0000", "s3://b/0001"], "etag": ["e0", "older"]})
-    assert sorted(without(images, done)["uri"].to_pylist()) == ["s3://b/0001", "s3://b/0002"]
+def test_the_work_of_a_long_tail_is_done_before_that_of_the_short():
+    work = [100, 90, 8000, 120, 7900, 5]
+    assert most_work_first(range(6), work) == [2, 4, 0, 1, 3, 5]
+    assert most_work_first([1, 5, 4], work) == [4, 1, 5]
 
 
-def test_the_summary_counts_images_and_the_fill_of_batches():
-    plan = make_plan(images_of([(512, 512)] * 20 + [None] * 2), parse_policy("short=512"), 16)
-    square, unknown = summarise(plan, batch_pixels=8 * 512 * 512, max_pixels=10**9)
+def test_a_run_has_the_plan_that_was_put_first(planned, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.plan.PART_SHARDS", 2)
+    monkeypatch.setattr("pipeline.commit.PART_SHARDS", 2)
+    run = Run(Store(str(tmp_path), StorageSettings()), "night")
+    made, shards = planned(images_of([(50, 50)] * 10 + [None]), "short=32", 4)
+    assert run.contents() is None
+    run.begin(made, ORIGIN)
+    other, _ = planned(images_of([(70, 50)]), "short=32", 4)
+    with pytest.raises(FileExistsError):
+        run.begin(other, ORIGIN)
+    contents = run.contents()
+    assert contents.origin == ORIGIN
+    assert contents.images == [1, 4, 4, 2]
+    assert len(contents.parts) == 2
+    files = PlanFiles(run)
+    for shard in (3, 0, 2, 1):
+        assert files.images(shard) == planned_images(shards[shard])
+
+
+def test_what_is_in_a_run_is_left_out_and_what_changed_is_not(tmp_path):
+    output = Store(str(tmp_path), StorageSettings())
+    done = pa.table({"uri": ["s3://b/000000", "s3://b/000001"], "etag": ["e0", "older"]}, schema=CLAIMED)
+    pq.write_table(done, tmp_path / "plan.parquet")
+    with duckdb.connect() as tables:
+        tables.register("given", images_of([(50, 50)] * 3))
+        tables.execute("CREATE TABLE images AS FROM given")
+        assert leave_out(tables, output, []) == 3
+        assert leave_out(tables, output, ["plan.parquet"]) == 2
+        assert tables.execute("SELECT uri FROM images ORDER BY 1").fetchall() == [
+            ("s3://b/000001",),
+            ("s3://b/000002",),
+        ]
+
+
+def test_the_summary_counts_images_and_the_fill_of_batches(planned):
+    sizes = [(512, 512)] * 20 + [None] * 2 + [(512, 5120)]
+    made, _ = planned(images_of(sizes), "short=512", 16, max_pixels=10**6)
+    square, unknown, long = summarise(made.shards, batch_pixels=8 * 512 * 512)
     assert (square.name, square.images, square.shards, square.batch) == ("512x512", 20, 2, 8)
     assert square.fill == 20 / 24
     assert (unknown.name, unknown.images, unknown.mask_bytes) == ("unknown", 2, 0)
+    assert (long.images, long.mask_bytes) == (1, 0)  # it is over max_pixels
     assert batch_size(4096, 4096, 1) == 1
+    assert dataclasses.replace(square, batches=4).fill == 20 / 32
+
+
+def test_batches_of_a_long_tailed_collection_are_full_and_nothing_is_padded(planned):
+    """4,000 shapes, 20,000 images, the default policy, batches of 16."""
+    made, _ = planned(images_of(long_tail(20_000, 4_000)), "short=512", None)
+    buckets = summarise(made.shards, batch_pixels=16 * 512 * 512)
+    fills = [fill for shard in made.shards for fill in batch_fills(shard.images, 16)]
+    assert np.mean(fills) >= 0.95
+    assert sum(bucket.images for bucket in buckets) == 20_000
+
+
+def batch_fills(images: int, batch: int) -> list[float]:
+    return [min(batch, images - start) / batch for start in range(0, images, batch)]
+
+
+def long_tail(images: int, shapes: int) -> list[tuple[int, int]]:
+    """Sizes as photographs have them: a few cameras make most, and crops of every size the rest."""
+    rng = np.random.default_rng(5)
+    common = [(480, 640), (3024, 4032), (4032, 3024), (375, 500), (500, 375), (427, 640), (1080, 1920), (768, 1024)]
+    aspects = np.exp(rng.normal(0, 0.35, shapes))
+    widths = rng.integers(200, 2500, shapes)
+    sizes = common + [(max(16, int(width * aspect)), int(width)) for width, aspect in zip(widths, aspects, strict=True)]
+    sizes = sizes[:shapes]
+    shares = 1 / np.arange(1, shapes + 1)
+    chosen = rng.choice(shapes, images - shapes, p=shares / shares.sum())
+    return sizes + [sizes[number] for number in chosen]

@@ -15,8 +15,10 @@ from jobs.bench.rungs import NullPredictor
 from model.labels import label_set
 from model.segmentation import Segmentation
 from pipeline.config import SegmentSettings
+from pipeline.containers import Images
 from pipeline.masks import decode_mask
 from pipeline.plan import PlannedImage
+from pipeline.reader import Reader
 from pipeline.road import Load, Road
 from pipeline.schema import Outcome
 from pipeline.storage import Store
@@ -44,17 +46,17 @@ class Brightness(NullPredictor):
         return Segmentation(mask, np.bincount(mask.ravel(), minlength=len(NAMES)), np.ones(len(NAMES)), 1.0, 0.0)
 
 
-class OddStore(Store):
-    """A folder whose objects take their time, each another."""
+class OddImages(Images):
+    """Images that take their time, each another."""
 
-    def __init__(self, folder: Path, config: SegmentSettings, delay: float = 0.0, seed: int = 0):
-        super().__init__(str(folder), config)
+    def __init__(self, config: SegmentSettings, delay: float = 0.0, seed: int = 0):
+        super().__init__(Reader(config), None)
         self.delay, self.random, self.fetched = delay, random.Random(seed), []
 
-    def fetch(self, uri: str, limit: int | None = None) -> bytes:
-        self.fetched.append(uri)
+    def fetch(self, image: PlannedImage) -> bytes:
+        self.fetched.append(image.uri)
         time.sleep(self.delay * self.random.random() * 2)
-        return super().fetch(uri, limit)
+        return super().fetch(image)
 
 
 def config(folder: Path, **options: object) -> SegmentSettings:
@@ -79,7 +81,7 @@ def outcomes(road: Road, images: list[PlannedImage]) -> list[Outcome]:
 def test_the_next_shard_is_fetched_while_the_last_one_drains(tmp_path):
     first, second = draw(tmp_path / "a", 12), draw(tmp_path / "b", 12)
     settings = config(tmp_path)
-    store, device = OddStore(tmp_path, settings), Brightness(delay=0.05)
+    store, device = OddImages(settings), Brightness(delay=0.05)
     road = Road(store, device, LABELS, settings, 2, 1 << 30)
     shards = [road.send(first), road.send(second)]
     assert len(list(shards[0].outcomes())) == 12
@@ -95,7 +97,7 @@ def test_what_shares_a_batch_does_not_depend_on_what_comes_first(tmp_path):
     seen = []
     for seed in range(4):
         device = Brightness()
-        road = Road(OddStore(tmp_path, settings, delay=0.004, seed=seed), device, LABELS, settings, 2, 1 << 30)
+        road = Road(OddImages(settings, delay=0.004, seed=seed), device, LABELS, settings, 2, 1 << 30)
         masks = [decode_mask(outcome.mask) for outcome in outcomes(road, images)]
         road.close()
         seen.append(sorted(device.batches))
@@ -110,7 +112,7 @@ def test_a_small_memory_makes_small_batches_and_the_same_masks(tmp_path):
     results = []
     for memory in (1, 1 << 30):
         device = Brightness()
-        road = Road(Store(str(tmp_path), settings), device, LABELS, settings, 2, memory)
+        road = Road(Images(Reader(settings), None), device, LABELS, settings, 2, memory)
         results.append([outcome.mask for outcome in outcomes(road, images)])
         road.close()
         largest = max(Load.of(image, 64 * 64, (64, 64), 5).waiting for image in images)
@@ -136,7 +138,7 @@ def test_bad_images_are_outcomes_and_hold_nothing(tmp_path):
         PlannedImage(unknown.uri, unknown.etag, unknown.bytes, None, None, None),
         PlannedImage("file:///nowhere", "", 1, "png", 20_000, 20_000),
     ]
-    road = Road(store, Brightness(), LABELS, settings, 2, 1 << 30)
+    road = Road(Images(Reader(settings), None), Brightness(), LABELS, settings, 2, 1 << 30)
     statuses = [outcome.status for outcome in outcomes(road, images)]
     assert statuses == ["ok", "unreadable", "missing", "ok", "ok", "too_large"]
     road.close()
@@ -152,7 +154,7 @@ def test_a_device_that_fails_fails_the_shard_and_not_the_next(tmp_path):
 
     images = draw(tmp_path, 8)
     settings = config(tmp_path)
-    road = Road(Store(str(tmp_path), settings), Failing(), LABELS, settings, 2, 1 << 30)
+    road = Road(Images(Reader(settings), None), Failing(), LABELS, settings, 2, 1 << 30)
     bad, good = road.send(images[:7]), road.send(images)
     with pytest.raises(RuntimeError, match="device is lost"):
         list(bad.outcomes())
@@ -166,12 +168,12 @@ def test_a_slow_store_gets_more_requests_and_a_fast_one_does_not(tmp_path):
     settings = config(tmp_path)
     grown = []
     for delay in (0.0, 0.1):
-        road = Road(OddStore(tmp_path, settings, delay), Brightness(), LABELS, settings, 2, 1 << 30)
+        road = Road(OddImages(settings, delay), Brightness(), LABELS, settings, 2, 1 << 30)
         outcomes(road, images)
         grown.append(len(road.fetching.threads))
         road.close()
     assert grown[0] < 32 < grown[1]
-    road = Road(OddStore(tmp_path, settings, 0.1), Brightness(), LABELS, config(tmp_path, requests=3), 2, 1 << 30)
+    road = Road(OddImages(settings, 0.1), Brightness(), LABELS, config(tmp_path, requests=3), 2, 1 << 30)
     outcomes(road, images[:80])
     assert len(road.fetching.threads) == 3
     road.close()
@@ -183,9 +185,10 @@ from pathlib import Path
 import torch
 from model.checkpoint import load_checkpoint
 from model.predictor import Predictor
+from pipeline.containers import Images
+from pipeline.reader import Reader
 from pipeline.road import Road
 from pipeline.segment import resident_memory
-from pipeline.storage import Store
 from tests.pipeline.test_road import config, draw
 
 folder, checkpoint, memory, shapes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
@@ -193,7 +196,7 @@ images = [image for count, width, height, suffix in shapes for image in draw(fol
 torch.set_num_threads(2)
 settings = config(folder, policy="short=512")
 loaded = load_checkpoint(checkpoint)
-road = Road(Store(str(folder), settings), Predictor(loaded, "cpu"), loaded.labels, settings, 2, memory)
+road = Road(Images(Reader(settings), None), Predictor(loaded, "cpu"), loaded.labels, settings, 2, memory)
 Path("/proc/self/clear_refs").write_text("5")  # drawing took memory too: the peak counts from here
 started = resident_memory("VmRSS")
 shard = road.send(images)

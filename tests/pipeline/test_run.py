@@ -1,6 +1,7 @@
 """Whole runs on a real Ray: from a collection to a table, on a local disk and on a real S3 server."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from pipeline.config import ConfigurationError, SegmentSettings
 from pipeline.masks import decode_mask
 from pipeline.run import IncompleteRunError, segment
 from tests.conftest import NAMES, draw_image, spoil
+from tests.pipeline.test_inputs import pack_parquet, pack_tar
 
 POLICY = "short=64"  # small inputs: these tests are about the road, not about the network
 
@@ -41,6 +43,9 @@ class Watcher:
 
     def say(self, text: str) -> None:
         self.lines.append(text)
+
+    def listing(self, found: int) -> None:
+        pass
 
     def indexing(self, done: int, total: int) -> None:
         pass
@@ -57,7 +62,8 @@ class Watcher:
 
 def run(source: object, output: object, checkpoint: str, watcher: Watcher | None = None, **options: object):
     values = {"policy": POLICY, "shard_images": 4, **options}
-    settings = SegmentSettings(input=str(source), output=str(output), checkpoint=checkpoint, **values)
+    inputs = [str(one) for one in source] if isinstance(source, list) else str(source)
+    settings = SegmentSettings(input=inputs, output=str(output), checkpoint=checkpoint, **values)
     return segment(settings, watcher or Watcher())
 
 
@@ -233,7 +239,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(collection, checkpoint, tmp_
 
 
 def killed_run(output: Path) -> str:
-    return next(path.parent.name for path in output.glob("runs/*/plan.parquet") if path.parent.name != "beside")
+    return next(path.parent.name for path in output.glob("runs/*/plan.json") if path.parent.name != "beside")
 
 
 def test_an_object_that_cannot_be_read_is_a_row_and_a_store_that_cannot_is_not(bucket, collection, checkpoint, s3):
@@ -259,6 +265,30 @@ def test_an_object_that_cannot_be_read_is_a_row_and_a_store_that_cannot_is_not(b
         run(f"{bucket}/photos", f"{bucket}/out", checkpoint, Vandal("*"))
     result = run(f"{bucket}/photos", f"{bucket}/out", checkpoint, Vandal("image-03.bmp"))
     assert result.record["statuses"] == {"ok": 3, "failed": 1}
+
+
+def test_a_collection_has_the_same_masks_however_it_is_kept(bucket, collection, checkpoint, tmp_path):
+    """As files, as tar shards, as Parquet with images in it, and as a manifest, in one run over all four."""
+    filesystem, name = fsspec.filesystem("s3"), bucket.removeprefix("s3://")
+    filesystem.put(f"{collection}/", f"{bucket}/photos/", recursive=True)
+    filesystem.put(str(pack_tar(tmp_path / "x.tar", collection)), f"{bucket}/packed/x.tar")
+    filesystem.put(str(pack_parquet(tmp_path / "y.parquet", collection, True)), f"{bucket}/packed/y.parquet")
+    filesystem.put(f"{collection}/", f"{bucket}/elsewhere/", recursive=True)
+    lines = ["url", *(f"s3://{path}" for path in filesystem.find(f"{bucket}/elsewhere"))]
+    filesystem.pipe_file(f"{name}/list.csv", "\n".join(lines).encode())
+    run([f"{bucket}/photos", f"{bucket}/packed/", f"{bucket}/list.csv"], tmp_path / "out", checkpoint)
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == 48
+    ways = [
+        sorted(
+            (hashlib.sha256(row["mask"]).hexdigest(), row["width"], row["confidence"])
+            for row in rows
+            if at in row["uri"]
+        )
+        for at in ("/photos/", "x.tar#", "y.parquet#", "/elsewhere/")
+    ]
+    assert len(set(ways[0])) == 12
+    assert ways == [ways[0]] * 4
 
 
 def test_a_worker_that_is_killed_costs_nothing_but_time(collection, checkpoint, tmp_path):

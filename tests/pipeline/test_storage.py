@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from pipeline.config import ConfigurationError, StorageSettings
-from pipeline.s3 import FAILURES
+from pipeline.reader import ObjectFile, Reader
 from pipeline.storage import Store, public_url
 
 SETTINGS = StorageSettings()
@@ -22,7 +22,6 @@ def test_an_object_is_read_as_it_was_put(store):
     store.put("a/b.bin", b"one")
     store.put("a/b.bin", b"two")
     assert store.read("a/b.bin") == b"two"
-    assert store.fetch(store.uri("a/b.bin")) == b"two"
     assert store.names("a") == ["b.bin"]
     assert store.names("nowhere") == []
     with pytest.raises(FileNotFoundError):
@@ -57,10 +56,9 @@ def test_odd_names_are_listed_and_read_as_they_are(store, name):
     ((found, entry),) = list(store.listing())
     assert found == name
     assert entry.bytes == 4
-    assert store.fetch(entry.uri) == b"data"
-    assert store.heads([entry.uri], 2, 4) == [b"da"]
-    with store.open(entry.uri) as file:
-        assert file.read() == b"data"
+    assert Reader(SETTINGS).fetch(entry.uri, entry.etag, 4) == b"data"
+    assert Reader(SETTINGS).fetch_part(entry.uri, entry.etag, 1, 2) == b"at"
+    assert ObjectFile(Reader(SETTINGS), entry.uri).read() == b"data"
 
 
 def test_an_etag_changes_with_the_object(store):
@@ -96,7 +94,7 @@ def test_what_cannot_be_reached_is_one_line_with_the_reason(s3, monkeypatch, tmp
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         Store(str(tmp_path), SETTINGS).put("file/x", b"", only_new=True)
-    assert "Cannot traverse" in complaint(lambda: list(Store("s3://", SETTINGS).listing()))
+    assert "name a bucket" in complaint(lambda: list(Store("s3://", SETTINGS).listing()))
     assert "cannot be written" in complaint(Store(str(tmp_path / "file"), SETTINGS).check_writable)
     dead = Store("s3://b/x", StorageSettings(endpoint_url="http://127.0.0.1:1"))
     assert "127.0.0.1:1" in complaint(lambda: list(dead.listing()))
@@ -116,35 +114,3 @@ def test_secrets_in_a_url_are_not_repeated():
     assert public_url("ftp://me:secret@host/x") == "ftp://host/x"
     assert public_url("s3://bucket/a@b") == "s3://bucket/a@b"
     assert public_url("/local/path?x") == "/local/path?x"
-
-
-def test_an_object_is_the_same_whichever_client_gets_it(bucket):
-    store = Store(bucket, StorageSettings())
-    keys = {"plain.jpg": b"x" * 70_000, "empty.jpg": b"", 'it\'s "odd"\n雪.jpg': b"1", "a%20b//c.jpg": b"2"}
-    for key, data in keys.items():
-        store.put(key, data)
-    assert store.fetcher
-    for key, data in keys.items():
-        assert store.fetch(store.uri(key)) == data
-    plain = f"{store.root}/plain.jpg"
-    assert store.fetcher.fetch(plain, 70_001) == keys["plain.jpg"]
-    assert store.fetcher.fetch(plain, 70_000) is None  # which may be more than was asked for
-    assert store.fetch(store.uri("plain.jpg"), 100) == b"x" * 100
-    with pytest.raises(FileNotFoundError):
-        store.fetch(store.uri("gone.jpg"))
-    assert store.fetcher.failures == 0
-
-
-def test_a_client_that_never_gets_an_object_is_not_asked_any_more(bucket):
-    store = Store(bucket, StorageSettings())
-    store.put("a.jpg", b"a")
-    assert store.fetcher
-    store.fetcher.options["endpoint"] = "http://127.0.0.1:9"  # where nobody listens
-    for _ in range(FAILURES + 1):
-        assert store.fetch(store.uri("a.jpg")) == b"a"
-    assert store.fetcher.failures == FAILURES
-
-
-def test_options_that_only_s3fs_knows_leave_all_to_it(bucket):
-    assert Store(bucket, StorageSettings(storage_option={"s3.requester_pays": True})).fetcher is None
-    assert Store("/tmp", StorageSettings()).fetcher is None

@@ -1,0 +1,46 @@
+"""Tables that are larger than memory: a DuckDB on disk, which spills what it sorts and joins.
+
+An index of a hundred million images is sorted and joined here within a gigabyte. It lives in a scratch folder and ends
+with the job; what is to be kept goes into the output.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset
+
+from pipeline.storage import Store
+
+MEMORY = "1GB"  # of DuckDB's own buffers
+ROWS = 65_536  # of a batch on its way in
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A database and a folder, which end together."""
+
+    tables: duckdb.DuckDBPyConnection
+    folder: Path
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Workspace]:
+    """An empty workspace where temporary files go (TMPDIR)."""
+    with tempfile.TemporaryDirectory(prefix="swath-") as name, duckdb.connect(f"{name}/tables.duckdb") as tables:
+        tables.execute(f"SET memory_limit = '{MEMORY}'")
+        tables.execute("SET preserve_insertion_order = false")
+        yield Workspace(tables, Path(name))
+
+
+def stored(output: Store, names: list[str], schema: pa.Schema) -> pa.RecordBatchReader:
+    """The rows of Parquet files in the output, a few batches at a time; to be read once."""
+    if not names:
+        return pa.RecordBatchReader.from_batches(schema, [])
+    paths = [output.path(name) for name in names]
+    found = pyarrow.dataset.dataset(paths, schema=schema, filesystem=output.arrow(), format="parquet")
+    return found.scanner(batch_size=ROWS, batch_readahead=2, fragment_readahead=1).to_reader()
