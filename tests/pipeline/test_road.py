@@ -17,7 +17,7 @@ from model.segmentation import Segmentation
 from pipeline.config import SegmentSettings
 from pipeline.masks import decode_mask
 from pipeline.plan import PlannedImage
-from pipeline.road import Load, Road
+from pipeline.road import Road
 from pipeline.schema import Outcome
 from pipeline.storage import Store
 from tests.conftest import NAMES, draw_image
@@ -113,7 +113,7 @@ def test_a_small_memory_makes_small_batches_and_the_same_masks(tmp_path):
         road = Road(Store(str(tmp_path), settings), device, LABELS, settings, 2, memory)
         results.append([outcome.mask for outcome in outcomes(road, images)])
         road.close()
-        largest = max(Load.of(image, 64 * 64, (64, 64), 5).waiting for image in images)
+        largest = max(road.load(image, 64, 64).waiting for image in images)
         assert max(map(len, device.batches)) == (1 if memory < 2 * largest else 4)
     assert results[0] == results[1]
 
