@@ -121,3 +121,12 @@ def test_a_strip_needs_no_kernels(demo, monkeypatch, with_kernels):
     predict = Predictor(load_checkpoint(str(WEIGHTS)), "cpu", "auto", "float32")
     (found,) = predict.through_windows([image], Tiling(256, 64), 2)
     assert (found.mask == expected.mask).mean() > 0.999
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_windows_show_what_the_whole_image_does_where_the_network_has_seen_such_streets(demo, seed):
+    """A street as tall as in training and four times as wide; `jobs.bench.windows` says what happens beyond that."""
+    image = draw_scene(seed, 2048, 512).image
+    whole, windows = (demo.through_windows([image], tiling, 1)[0] for tiling in (Tiling(2048, 32), Tiling()))
+    assert (whole.mask == windows.mask).mean() > 0.99
+    assert windows.confidence == pytest.approx(whole.confidence, abs=0.01)
