@@ -64,6 +64,7 @@ def guarded(work: Callable[[], int]) -> int:
 
 def explain(error: Exception) -> tuple[int, str] | None:
     """Exit code and words for what a job is known to raise; the classes come with what the job has imported."""
+    import duckdb
     import pyarrow as pa
 
     from model.checkpoint import CheckpointError
@@ -74,7 +75,9 @@ def explain(error: Exception) -> tuple[int, str] | None:
         return 2, f"error: {error}"
     if isinstance(error, IncompleteRunError):
         return 1, str(error)
-    if isinstance(error, (*ERRORS, pa.ArrowException)):  # a full disk, a store that went away, a damaged file of ours
+    if isinstance(
+        error, (*ERRORS, pa.ArrowException, duckdb.Error)
+    ):  # a full disk, a store that went away, a damaged file of ours
         return 1, f"error: {type(error).__name__}: {reason(error)}"
     return None
 

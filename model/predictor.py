@@ -18,10 +18,12 @@ from torch import Tensor
 from model import native
 from model.checkpoint import Checkpoint
 from model.fused import FusedSegformer
+from model.mosaic import Mosaic, strip_bytes, strip_pixels
 from model.native.network import NativeSegformer, fits
 from model.segformer import SegformerConfig
 from model.segmentation import Segmentation
 from model.upsample import has_triton, softmax_statistics, upsampled_argmax
+from model.windows import Tiling, padded
 
 ENGINES = ("auto", "native", "torch", "compiled")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -87,15 +89,34 @@ class Predictor:
     def __call__(self, images: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[Segmentation]:
         """Segment `images`, uint8 (N, H, W, 3) RGB, into masks of `sizes`: N times (height, width)."""
         with self.starting:  # on a GPU that is all that happens here; PyTorch's compiler works for one thread at a time
-            logits = self.logits(images)
             found = []
-            for one, size in zip(logits, sizes, strict=True):
+            for one, size in zip(self.logits(images), sizes, strict=True):
                 mask, pixels = upsampled_argmax(one, size)
                 sure = softmax_statistics(one)
                 found.append([mask, pixels, sure.won, sure.confidence, sure.entropy])
-            wait = self.download(found) if self.device.type == "cuda" else lambda: found
-        cells = logits.shape[1] * logits.shape[2]
-        return [summarise(cells, *tensors) for tensors in wait()]
+            wait = self.download(found)
+        return [Segmentation.of(*(tensor.numpy() for tensor in tensors)) for tensors in wait()]
+
+    @torch.inference_mode()
+    def through_windows(self, images: Sequence[np.ndarray], tiling: Tiling, batch: int) -> list[Segmentation]:
+        """Segment `images`, uint8 (H, W, 3) RGB, each at its own size, so many windows at a time.
+
+        Their windows must have one size: that of the tiling, or less along a side that is shorter in all images.
+        """
+        mosaics = [Mosaic(image, tiling, self.config.labels, self.device) for image in images]
+        windows = [(mosaic, place) for mosaic in mosaics for place in mosaic.windows()]
+        for first in range(0, len(windows), batch):
+            some = windows[first : first + batch]
+            views = np.stack([mosaic.view(place) for mosaic, place in some])
+            with self.starting:
+                parts = [
+                    (one[0], one[0].add(one[1], logits)) for one, logits in zip(some, self.logits(views), strict=True)
+                ]
+                finished = [(mosaic, tensors) for mosaic, tensors in parts if tensors]
+                wait = self.download([tensors for _, tensors in finished])
+            for (mosaic, _), tensors in zip(finished, wait(), strict=True):
+                mosaic.put(*tensors)
+        return [mosaic.segmentation() for mosaic in mosaics]
 
     @torch.inference_mode()
     def logits(self, images: np.ndarray) -> Tensor:
@@ -126,6 +147,16 @@ class Predictor:
         masks = 0 if native.library() else PORTABLE_MASK * mask_pixels
         return int(pixels * activation_bytes(self.config, torch.float32)) + masks
 
+    def activations_through_windows(self, sizes: Sequence[tuple[int, int]], tiling: Tiling, batch: int) -> int:
+        """The same for images of these (height, width) that go through windows."""
+        seen = (min(padded(height), tiling.window) * min(padded(width), tiling.window) for height, width in sizes)
+        pixels = batch * max(seen)
+        masks = max(strip_pixels(*size, tiling) for size in sizes)
+        strip = (
+            max(strip_bytes(*size, tiling, self.config.labels) for size in sizes) if self.device.type == "cpu" else 0
+        )
+        return self.activations(pixels, masks) + 3 * pixels + 2 * masks + strip
+
     def __str__(self) -> str:
         """Engine and precision: "native float32"."""
         return f"{self.engine} {str(self.dtype).removeprefix('torch.')}"
@@ -144,7 +175,9 @@ class Predictor:
         return pixels
 
     def download(self, found: list[list[Tensor]]) -> Callable[[], list[list[Tensor]]]:
-        """Start copying results to pinned memory; what is returned waits for them and gives them."""
+        """Start copying results from a GPU to pinned memory; what is returned waits for them and gives them."""
+        if self.device.type != "cuda" or not found:
+            return lambda: found
         self.downloads.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.downloads):
             copies = []
@@ -161,19 +194,6 @@ class Predictor:
             return copies
 
         return wait
-
-
-def summarise(
-    cells: int, mask: Tensor, pixels: Tensor, won: Tensor, confidence: Tensor, entropy: Tensor
-) -> Segmentation:
-    """What is said of an image, from `upsample`'s results; the logits have `cells` positions."""
-    return Segmentation(
-        mask=mask.numpy(),
-        pixels=pixels.numpy(),
-        class_confidence=(confidence / won).float().numpy(),  # 0 / 0 is NaN: the class wins nowhere
-        confidence=float(confidence.sum()) / cells,
-        entropy=float(entropy) / cells,
-    )
 
 
 def gpu_batch_pixels(config: SegformerConfig, dtype: torch.dtype, device: torch.device) -> int:

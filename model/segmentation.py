@@ -18,3 +18,13 @@ class Segmentation:
     class_confidence: np.ndarray  # (K,) float32: mean where the class wins; NaN where it wins no logit
     confidence: float
     entropy: float
+
+    @staticmethod
+    def of(
+        mask: np.ndarray, pixels: np.ndarray, won: np.ndarray, confidence: np.ndarray, entropy: np.ndarray
+    ) -> "Segmentation":
+        """From sums over the logits: where each class wins, (K,), its confidence there, (K,), and all entropy, ()."""
+        cells = int(won.sum())
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: the class wins nowhere
+            class_confidence = (confidence / won).astype(np.float32)
+        return Segmentation(mask, pixels, class_confidence, float(confidence.sum()) / cells, float(entropy) / cells)

@@ -134,7 +134,11 @@ class PlanSettings(IndexSettings):
         "URL",
     )
     policy: str = option(
-        "short=512", "network input size: short=N keeps the aspect, exact=HEIGHTxWIDTH does not", "Model", "POLICY"
+        "short=512",
+        "network input size: short=N keeps the aspect, exact=HEIGHTxWIDTH does not, native scales nothing and sees "
+        "large images through windows (native=WINDOW+OVERLAP)",
+        "Model",
+        "POLICY",
     )
     max_pixels: int = option(
         100_000_000, "an image with more pixels gets a row with status too_large and is not decoded", "Model", "N"

@@ -193,7 +193,7 @@ def summary(skipped: Counter[str]) -> str:
     """What was skipped, for a message: " (skipped 3: .txt 2, no extension 1)"."""
     if not skipped:
         return ""
-    shown = skipped.most_common(6)
+    shown = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))[:6]
     kinds = [f"{kind} {count:,}" for kind, count in shown]
     others = skipped.total() - sum(count for _, count in shown)
     kinds += [f"others {others:,}"] if others else []

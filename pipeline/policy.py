@@ -1,7 +1,8 @@
 """The resolution policy: which size an image has when the network sees it.
 
 Images of one size share a batch, so the sizes must be few. Scaling the short side and rounding the long one puts a
-collection of thousands of shapes into a few dozen buckets without padding a pixel.
+collection of thousands of shapes into a few dozen buckets without padding a pixel. Where no pixel may be scaled, an
+image is seen through windows of one size instead (`model.windows`).
 """
 
 import re
@@ -10,23 +11,34 @@ from functools import lru_cache
 
 import numpy as np
 
-STEP = 32  # pixels: the encoder's total stride, so that every stage halves its map without a remainder
+from model.windows import STEP, Tiling, padded
+
+MAX_SIDE = 8192  # pixels of a network input
 MAX_ASPECT = 8  # a longer image is squeezed to this: 512 x 4096 is the largest input of short=512
 
 
 @dataclass(frozen=True)
 class Policy:
-    """`short=N`: the short side becomes N, the aspect is kept. `exact=HxW`: every image becomes H x W."""
+    """`short=N`: the short side becomes N, the aspect is kept. `exact=HxW`: every image becomes H x W.
+
+    `native=WINDOW+OVERLAP`: no pixel is scaled, and a larger image than a window is seen through overlapping ones.
+    """
 
     short: int | None = None
     exact: tuple[int, int] | None = None
+    native: Tiling | None = None
 
     def __str__(self) -> str:
+        if self.native:
+            return f"native={self.native.window}+{self.native.overlap}"
         return f"short={self.short}" if self.short else "exact={}x{}".format(*self.exact or ())
 
     def sizes(self, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Network input sizes, int64 (N,) heights and widths, of images of the given sizes (N,), in pixels."""
         heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
+        if self.native:
+            window = self.native.window
+            return np.minimum(padded(heights), window), np.minimum(padded(widths), window)
         if self.exact:
             return np.full_like(heights, self.exact[0]), np.full_like(widths, self.exact[1])
         assert self.short
@@ -39,6 +51,10 @@ class Policy:
         """Network input (height, width) of one image."""
         return size_of(self, height, width)
 
+    def windows(self, height: int, width: int) -> int:
+        """How many inputs of its size one image makes."""
+        return len(self.native.spans(height)) * len(self.native.spans(width)) if self.native else 1
+
 
 @lru_cache(maxsize=10_000)  # a collection has few sizes, and NumPy takes its time for one number
 def size_of(policy: Policy, height: int, width: int) -> tuple[int, int]:
@@ -47,14 +63,31 @@ def size_of(policy: Policy, height: int, width: int) -> tuple[int, int]:
 
 
 def parse_policy(text: str) -> Policy:
-    """A policy from `short=512` or `exact=512x1024`; ValueError says what is wrong with any other text."""
+    """A policy from `short=512`, `exact=512x1024`, `native` or `native=1024+256`.
+
+    ValueError says what is wrong with any other text.
+    """
     if found := re.fullmatch(r"short=(\d+)", text):
         policy = Policy(short=int(found[1]))
     elif found := re.fullmatch(r"exact=(\d+)x(\d+)", text):
         policy = Policy(exact=(int(found[1]), int(found[2])))
+    elif found := re.fullmatch(r"native(?:=(\d+)\+(\d+))?", text):
+        policy = Policy(native=Tiling(int(found[1]), int(found[2])) if found[1] else Tiling())
     else:
-        raise ValueError("expected short=N (short=512) or exact=HEIGHTxWIDTH (exact=512x1024)")
-    sides = policy.exact or (policy.short or 0,)
-    if any(side % STEP or not STEP <= side <= 8192 for side in sides):
-        raise ValueError(f"each side must be a multiple of {STEP} from {STEP} to 8192")
+        raise ValueError(
+            "expected short=N (short=512), exact=HEIGHTxWIDTH (exact=512x1024), native or native=WINDOW+OVERLAP "
+            "(native=1024+256)"
+        )
+    if policy.native:
+        check_windows(policy.native)
+    elif any(side % STEP or not STEP <= side <= MAX_SIDE for side in policy.exact or (policy.short or 0,)):
+        raise ValueError(f"each side must be a multiple of {STEP} from {STEP} to {MAX_SIDE}")
     return policy
+
+
+def check_windows(tiling: Tiling) -> None:
+    """ValueError for windows that a network cannot see, or that do not get ahead."""
+    if tiling.window % STEP or not 2 * STEP <= tiling.window <= MAX_SIDE:
+        raise ValueError(f"the window must be a multiple of {STEP} from {2 * STEP} to {MAX_SIDE}")
+    if tiling.overlap % STEP or not STEP <= tiling.overlap < tiling.window:
+        raise ValueError(f"the overlap must be a multiple of {STEP} from {STEP} to less than the window")

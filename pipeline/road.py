@@ -35,7 +35,7 @@ from pipeline.config import SegmentSettings
 from pipeline.containers import ContainerError, Images
 from pipeline.decode import DecodeError, decode, resize
 from pipeline.masks import encode_mask
-from pipeline.plan import PlannedImage, batch_size
+from pipeline.plan import PlannedImage, batch_size, bucket_size
 from pipeline.policy import parse_policy
 from pipeline.reader import ChangedError
 from pipeline.schema import Outcome
@@ -50,6 +50,7 @@ DECODED = 24  # bytes a pixel while an image is decoded: Pillow's own 4 for each
 DEEP = 40  # the same for formats whose samples may have 16 or 32 bits
 DEEP_FORMATS = ("tiff", "png", "jpeg2000")
 SCALED = 6  # bytes a pixel of the network's input, and of the batch that it is copied into
+UNSCALED = 3  # the same of an image whose windows are copied as the network comes to them
 MASKED = 3  # bytes a pixel, and a byte of its class id, of a mask that is made and encoded
 CHANGED = Outcome("changed", "the object is another one than was indexed; run again")
 FAILED = Outcome("failed")  # of an image whose shard has failed, and is never put
@@ -89,13 +90,13 @@ class Load:
     decoding: int
 
     @staticmethod
-    def of(image: PlannedImage, pixels: int, size: tuple[int, int] | None, classes: int) -> "Load":
-        """Of an image with so many pixels that becomes an input of `size`; where that is not known, its bytes alone."""
-        if not size:
+    def of(image: PlannedImage, pixels: int, inputs: int | None, classes: int) -> "Load":
+        """Of an image with so many pixels that wait as `inputs` bytes for the network; its bytes alone for None."""
+        if inputs is None:
             return Load(image.bytes, 0)
         mask = MASKED * (1 if classes <= 256 else 2) * pixels
         decoding = (DEEP if image.format in DEEP_FORMATS else DECODED) * pixels
-        return Load(image.bytes + SCALED * size[0] * size[1] + mask, decoding)
+        return Load(image.bytes + inputs + mask, decoding)
 
     def or_more(self, other: "Load") -> "Load":
         """What is enough for both."""
@@ -112,7 +113,7 @@ class Item:
     batch: "Batch"
     load: Load
     data: bytes | None = None  # encoded
-    pixels: np.ndarray | None = None  # uint8 (H, W, 3) at the bucket's size
+    pixels: np.ndarray | None = None  # uint8 (H, W, 3) at the bucket's size, or at its own for windows
     found: Segmentation | None = None
     outcome: Outcome | None = None
 
@@ -216,19 +217,27 @@ class Road:
 
     def batches(self, shard: Shard) -> Iterator[Batch]:
         """The images of a shard in order, as many in a batch as are good for the device and fit into the memory."""
-        batch, waiting, before = Batch(shard), 0, None
+        batch, waiting, inputs, before = Batch(shard), 0, 0, None
         for number, (image, size) in enumerate(zip(shard.images, self.input_sizes(shard.images), strict=True)):
-            pixels = (image.width or 0) * (image.height or 0)
-            load = Load.of(image, pixels, size if pixels <= self.settings.max_pixels else None, len(self.labels))
+            load = self.load(image, image.height or 0, image.width or 0)
+            windows = self.policy.windows(image.height or 1, image.width or 1)
             self.largest = self.largest.or_more(load)
             full = self.predictor.full_batch(batch_size(*size, self.batch_pixels)) if size else 1
             no_room = waiting + load.waiting > self.gate.limit
-            if batch.items and (len(batch.items) >= full or size != before or no_room):
+            if batch.items and (inputs + windows > full or size != before or no_room):
                 yield batch
-                batch, waiting = Batch(shard), 0
+                batch, waiting, inputs = Batch(shard), 0, 0
             batch.items.append(Item(shard, number, image, batch, load))
-            waiting, before = waiting + load.waiting, size
+            waiting, inputs, before = waiting + load.waiting, inputs + windows, size
         yield batch
+
+    def load(self, image: PlannedImage, height: int, width: int) -> Load:
+        """What an image takes if it has this size; its bytes alone if it has none, or one that is not decoded."""
+        pixels = height * width
+        if not 0 < pixels <= self.settings.max_pixels:
+            return Load.of(image, pixels, None, len(self.labels))
+        inputs = UNSCALED * pixels if self.policy.native else SCALED * math.prod(self.policy.size(height, width))
+        return Load.of(image, pixels, inputs, len(self.labels))
 
     def input_sizes(self, images: Sequence[PlannedImage]) -> list[tuple[int, int] | None]:
         """Network input (height, width) of each image; None where the plan does not know its size."""
@@ -285,7 +294,7 @@ class Road:
                 pixels = decode(data, self.settings.max_pixels, admit)
                 height, width = pixels.shape[:2]
                 bucket_h, bucket_w = self.policy.size(height, width)
-                item.pixels = resize(pixels, bucket_h, bucket_w)
+                item.pixels = pixels if self.policy.native else resize(pixels, bucket_h, bucket_w)
         except DecodeError as error:
             item.outcome = Outcome(error.status, str(error))
         else:
@@ -294,7 +303,7 @@ class Road:
     def make_room(self, item: Item, room: ExitStack, height: int, width: int) -> None:
         """Wait until an image of this size can be decoded; one that is larger than planned is charged for it."""
         if height * width > (item.image.height or 0) * (item.image.width or 0):
-            load = Load.of(item.image, height * width, self.policy.size(height, width), len(self.labels))
+            load = self.load(item.image, height, width)
             self.gate.overdraw(load.waiting - item.load.waiting)
             item.load, self.largest = load, self.largest.or_more(load)
             self.largest_unplanned = max(self.largest_unplanned, load.waiting)
@@ -305,19 +314,42 @@ class Road:
         return [item.batch] if item.batch.is_complete() else []
 
     def infer(self, batch: Batch) -> None:
-        """Run the network over what has pixels. Almost always that has one size; each has its turn."""
-        for shape in {item.pixels.shape for item in batch.items if item.pixels is not None}:
-            items = [item for item in batch.items if item.pixels is not None and item.pixels.shape == shape]
-            pixels = np.stack([item.pixels for item in items if item.pixels is not None])
+        """Run the network over what has pixels. Almost always that has one bucket; each has its turn."""
+        for bucket in {item.outcome.bucket for item in batch.items if item.outcome and item.outcome.bucket}:
+            items = [item for item in batch.items if item.outcome and item.outcome.bucket == bucket]
+            images = [item.pixels for item in items if item.pixels is not None]
             sizes = [(item.outcome.height or 0, item.outcome.width or 0) for item in items if item.outcome]
-            masks = sum(height * width for height, width in sizes)
-            self.activations = max(self.activations, self.predictor.activations(pixels[..., 0].size, masks))
-            is_ready, started = self.predictor.is_ready_for(pixels.shape), time.perf_counter()
-            for item, found in zip(items, self.predictor(pixels, sizes), strict=True):
+            segment = self.unscaled if self.policy.native else self.scaled
+            started = time.perf_counter()
+            is_ready, segmentations = segment(images, sizes, *bucket_size(bucket))
+            for item, found in zip(items, segmentations, strict=True):
                 item.pixels, item.found = None, found
             batch.job.batches.append(len(items))
             if not is_ready:  # a part of the stage's time that is worth knowing
                 batch.job.clock.add("compile", "busy", time.perf_counter() - started)
+
+    def scaled(
+        self, images: list[np.ndarray], sizes: list[tuple[int, int]], height: int, width: int
+    ) -> tuple[bool, list[Segmentation]]:
+        """Whether the network was compiled, and what it says of images that have been scaled to its input."""
+        masks = sum(math.prod(size) for size in sizes)
+        held = self.predictor.activations(len(images) * height * width, masks)
+        self.activations = max(self.activations, held)
+        is_ready = self.predictor.is_ready_for((len(images), height, width, 3))
+        return is_ready, self.predictor(np.stack(images), sizes)
+
+    def unscaled(
+        self, images: list[np.ndarray], sizes: list[tuple[int, int]], height: int, width: int
+    ) -> tuple[bool, list[Segmentation]]:
+        """The same of images that it sees through windows of this size."""
+        tiling = self.policy.native
+        assert tiling
+        windows = sum(self.policy.windows(*size) for size in sizes)
+        batch = min(windows, self.predictor.full_batch(batch_size(height, width, self.batch_pixels)))
+        held = self.predictor.activations_through_windows(sizes, tiling, batch)
+        self.activations = max(self.activations, held)
+        is_ready = self.predictor.is_ready_for((batch, height, width, 3))
+        return is_ready, self.predictor.through_windows(images, tiling, batch)
 
     def inferred(self, batch: Batch) -> list[Item]:
         """Its images, which go on by themselves."""

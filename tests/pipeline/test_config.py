@@ -55,9 +55,9 @@ def test_nothing_that_may_be_secret_is_repeated():
 def test_local_paths_are_absolute_and_urls_stay_as_they_are(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     settings = build(SegmentSettings, GOOD | {"input": "photos", "output": "s3://b/./x"})
-    assert settings.input == str(tmp_path / "photos")
+    assert settings.input == (str(tmp_path / "photos"),)
     monkeypatch.setenv("HOME", "/somewhere")
-    assert build(SegmentSettings, GOOD | {"input": "~/photos"}).input == "/somewhere/photos"
+    assert build(SegmentSettings, GOOD | {"input": "~/photos"}).input == ("/somewhere/photos",)
     assert settings.output == "s3://b/./x"
 
 

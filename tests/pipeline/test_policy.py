@@ -31,8 +31,39 @@ def test_exact_sizes_are_exact_and_examples_are_as_documented():
     assert parse_policy("short=512").size(10, 100_000) == (512, 4096)
 
 
+@given(SIDE, SIDE, st.sampled_from(["native", "native=64+32", "native=512+384"]))
+def test_a_native_input_is_the_image_rounded_up_or_a_window(height, width, text):
+    policy = parse_policy(text)
+    window = policy.native.window
+    for side, found in zip((height, width), policy.size(height, width), strict=True):
+        assert found % 32 == 0
+        assert found == window <= side or side <= found < side + 32
+    assert (policy.windows(height, width) == 1) == (max(height, width) <= window)
+
+
+@pytest.mark.parametrize("text", ["short=512", "exact=512x1024", "native=512+128"])
+def test_a_policy_is_known_by_its_text(text):
+    assert str(parse_policy(text)) == text
+
+
+def test_native_is_known_by_its_windows_as_another_default_would_be_other_masks():
+    assert str(parse_policy("native")) == "native=1024+256"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2000), (31, 33), (511, 512), (512, 511)])
+@pytest.mark.parametrize("text", ["short=512", "exact=64x32", "native"])
+def test_tiny_and_nearly_square_images_have_a_bucket(size, text):
+    found = parse_policy(text).size(*size)
+    assert all(side >= 32 and side % 32 == 0 for side in found)
+
+
 @pytest.mark.parametrize(
-    "text", ["short=500", "short=0", "short", "exact=512", "exact=512x0", "native", "", "short=99999"]
+    "text",
+    [
+        *("short=500", "short=0", "short", "exact=512", "exact=512x0", "", "short=99999"),
+        *("native=", "native=1024", "native=1000+256", "native=32+0", "native=512+512", "native=512+100"),
+        "native=16384+256",
+    ],
 )
 def test_a_policy_that_cannot_be_is_refused(text):
     with pytest.raises(ValueError, match=r"expected|multiple"):

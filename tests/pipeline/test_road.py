@@ -10,16 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jobs.bench.rungs import NullPredictor
+from model.checkpoint import load_checkpoint
 from model.labels import label_set
+from model.predictor import Predictor
 from model.segmentation import Segmentation
+from model.windows import Tiling
 from pipeline.config import SegmentSettings
 from pipeline.containers import Images
 from pipeline.masks import decode_mask
 from pipeline.plan import PlannedImage
 from pipeline.reader import Reader
-from pipeline.road import Load, Road
+from pipeline.road import Road
 from pipeline.schema import Outcome
 from pipeline.storage import Store
 from tests.conftest import NAMES, draw_image
@@ -115,7 +119,7 @@ def test_a_small_memory_makes_small_batches_and_the_same_masks(tmp_path):
         road = Road(Images(Reader(settings), None), device, LABELS, settings, 2, memory)
         results.append([outcome.mask for outcome in outcomes(road, images)])
         road.close()
-        largest = max(Load.of(image, 64 * 64, (64, 64), 5).waiting for image in images)
+        largest = max(road.load(image, 64, 64).waiting for image in images)
         assert max(map(len, device.batches)) == (1 if memory < 2 * largest else 4)
     assert results[0] == results[1]
 
@@ -179,6 +183,28 @@ def test_a_slow_store_gets_more_requests_and_a_fast_one_does_not(tmp_path):
     road.close()
 
 
+def test_native_images_keep_their_pixels_and_fill_batches_with_windows(tmp_path, checkpoint):
+    images = (
+        draw(tmp_path, 5, 64, 50) + draw(tmp_path, 3, 150, 200) + draw(tmp_path, 1, 33, 31) + draw(tmp_path, 1, 1, 1)
+    )
+    settings = config(tmp_path, policy="native=64+32", batch_pixels=64 * 64 * 24)
+    loaded = load_checkpoint(checkpoint)
+    predictor = Predictor(loaded, "cpu", precision="float32")
+    road = Road(Images(Reader(settings), None), predictor, loaded.labels, settings, 2, 1 << 30)
+    shard = road.send(images)
+    found = [outcome for _, outcome in sorted(shard.outcomes(), key=lambda pair: pair[0])]
+    road.close()
+    for image, outcome in zip(images, found, strict=True):
+        pixels = np.array(Image.open(image.uri.removeprefix("file://")).convert("RGB"))
+        (expected,) = predictor.through_windows([pixels], Tiling(64, 32), 24)
+        assert outcome.status == "ok"
+        assert (decode_mask(outcome.mask) == expected.mask).mean() > 0.999
+    assert [outcome.bucket for outcome in found] == ["64x64"] * 8 + ["32x64", "32x32"]
+    assert sorted(shard.batches) == [1, 1, 1, 1, 1, 5]  # 150x200 is 4x6 windows: a batch by itself
+    assert road.gate.held == 0
+
+
+MIX = [(24, 640, 480, "jpg"), (4, 4032, 3024, "jpg"), (3, 2048, 1536, "png"), (12, 375, 500, "webp")]
 MEASURE = """
 import json, sys
 from pathlib import Path
@@ -192,9 +218,10 @@ from pipeline.segment import resident_memory
 from tests.pipeline.test_road import config, draw
 
 folder, checkpoint, memory, shapes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+policy = sys.argv[5]
 images = [image for count, width, height, suffix in shapes for image in draw(folder, count, width, height, suffix)]
 torch.set_num_threads(2)
-settings = config(folder, policy="short=512")
+settings = config(folder, policy=policy)
 loaded = load_checkpoint(checkpoint)
 road = Road(Images(Reader(settings), None), Predictor(loaded, "cpu"), loaded.labels, settings, 2, memory)
 Path("/proc/self/clear_refs").write_text("5")  # drawing took memory too: the peak counts from here
@@ -206,16 +233,17 @@ print(json.dumps([started, resident_memory("VmHWM"), started + road.bound()]))
 
 
 @pytest.mark.parametrize(
-    ("memory", "shapes"),
+    ("policy", "memory", "shapes"),
     [
-        (256 << 20, [(16, 3840, 2160, "jpg")]),
-        (256 << 20, [(24, 640, 480, "jpg"), (4, 4032, 3024, "jpg"), (3, 2048, 1536, "png"), (12, 375, 500, "webp")]),
-        (1, [(3, 3840, 2160, "png")]),
+        ("short=512", 256 << 20, [(16, 3840, 2160, "jpg")]),
+        ("short=512", 256 << 20, MIX),
+        ("short=512", 1, [(3, 3840, 2160, "png")]),
+        ("native", 256 << 20, [(6, 640, 480, "jpg"), (1, 3840, 2160, "jpg"), (1, 1536, 2048, "png")]),
     ],
-    ids=["4K", "mix", "one at a time"],
+    ids=["4K", "mix", "one at a time", "windows"],
 )
-def test_a_worker_stays_within_its_stated_memory(tmp_path, checkpoint, memory, shapes):
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), checkpoint, str(memory), json.dumps(shapes)]
+def test_a_worker_stays_within_its_stated_memory(tmp_path, checkpoint, policy, memory, shapes):
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), checkpoint, str(memory), json.dumps(shapes), policy]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
     started, peak, bound = json.loads(done.stdout)
