@@ -276,23 +276,26 @@ class Road:
         try:
             with ExitStack() as room:
                 admit = partial(self.make_room, item, room)
-                pixels = decode(data, self.settings.max_pixels, admit)
-                height, width = pixels.shape[:2]
-                bucket_h, bucket_w = self.policy.size(height, width)
-                item.pixels = resize(pixels, bucket_h, bucket_w)
+                image = decode(data, self.settings.max_pixels, admit, self.settings.allow_truncated)
+                bucket_h, bucket_w = self.policy.size(image.height, image.width)
+                item.pixels = resize(image.pixels, bucket_h, bucket_w)
         except DecodeError as error:
             item.outcome = Outcome(error.status, str(error))
         else:
-            item.outcome = Outcome("ok", width=width, height=height, bucket=f"{bucket_h}x{bucket_w}")
+            item.outcome = Outcome("ok", width=image.width, height=image.height, bucket=f"{bucket_h}x{bucket_w}")
 
-    def make_room(self, item: Item, room: ExitStack, height: int, width: int) -> None:
-        """Wait until an image of this size can be decoded; one that is larger than planned is charged for it."""
+    def make_room(self, item: Item, room: ExitStack, height: int, width: int) -> tuple[int, int] | None:
+        """Wait until an image of this size can be decoded; one that is larger than planned is charged for it.
+
+        Says how many pixels are enough, where not all are wanted.
+        """
         if height * width > (item.image.height or 0) * (item.image.width or 0):
             load = Load.of(item.image, height * width, self.policy.size(height, width), len(self.labels))
             self.gate.overdraw(load.waiting - item.load.waiting)
             item.load, self.largest = load, self.largest.or_more(load)
             self.largest_unplanned = max(self.largest_unplanned, load.waiting)
         room.enter_context(self.decoder.hold(item.load.decoding))
+        return self.policy.size(height, width) if self.settings.scaled_decoding else None
 
     def decoded(self, item: Item) -> list[Batch]:
         """The batch, if this was the last that it waited for."""
