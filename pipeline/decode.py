@@ -7,6 +7,7 @@ were trained: samples are taken for sRGB.
 """
 
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from pipeline.header import (
     upright,
     webp_header,
 )
-from pipeline.samples import BACKGROUND, bands, over_background, to_bytes
+from pipeline.samples import BACKGROUND, bands, limits, over_background, to_bytes
 
 __all__ = ["SUFFIXES", "DecodeError", "Decoded", "Header", "decode", "read_header", "resize"]
 
@@ -47,8 +48,10 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # what makes pixels (H
 DCT_FACTORS = (8, 4, 2)  # by which libjpeg-turbo can shrink while it decodes, and fast
 LOST = re.compile("premature end|bad huffman|bad arithmetic|found marker", re.IGNORECASE)  # libjpeg's words for it
 LEFT_OVER = re.compile(r"(\d+) extraneous bytes before marker 0xd9")  # the end of the image: decoding lost its way
-BELIEVABLE = 10_000  # JPEG 2000 samples in a byte; a photograph has 10
-ALWAYS_BELIEVED = 50_000_000  # samples, which may all be alike, and cost a quarter of a gigabyte
+J2K_SIZE = b"\xff\x4f\xff\x51"  # how a JPEG 2000 codestream begins
+GREEDY = ("JPEG2000", "AVIF", "HEIF")  # whose decoders take all the memory before they miss any data
+BELIEVABLE = 10_000  # samples in a byte of these; a photograph has 10
+ALWAYS_BELIEVED = 50_000_000  # samples, which may all be alike, and cost some hundred MB
 
 
 @dataclass(frozen=True)
@@ -122,20 +125,22 @@ def read_pixels(data: bytes, header: Header, enough: tuple[int, int] | None, all
     """The pixels as they are stored, not turned yet, uint8 (H, W, 3)."""
     file = io.BytesIO(data)
     if header.format == "tiff":
+        if not allow_truncated:
+            tiff.check_whole(data)
         plain = tiff.open_plain(file)
-        return from_pillow(plain) if plain else tiff.decode_page(data, allow_truncated)
+        return from_pillow(plain) if plain else tiff.decode_page(data)
     if header.format in ("jpeg", "mpo"):
         pixels = read_jpeg(data, header, enough, allow_truncated)
         if pixels is not None:
             return pixels
     image = open_image(file)
+    if image.format in GREEDY and math.prod(image.size) * 3 > max(ALWAYS_BELIEVED, BELIEVABLE * len(data)):
+        raise ValueError(f"{len(data):,} bytes cannot be {header.width}x{header.height} pixels")
     if image.format == "JPEG2000":
-        samples = header.width * header.height * len(image.getbands())
-        if samples > max(ALWAYS_BELIEVED, BELIEVABLE * len(data)):
-            raise ValueError(f"{len(data):,} bytes cannot be {header.width}x{header.height} pixels")
+        return read_jpeg2000(data, image)
     if image.format == "PNG" and image.mode != "P" and "transparency" in image.info:
-        try:
-            return from_libpng(data)
+        try:  # one colour is transparent, which libpng compares before it scales the samples, and Pillow after
+            return from_samples(imagecodecs.png_decode(data))
         except imagecodecs.PngError:
             if not allow_truncated:
                 raise
@@ -189,14 +194,21 @@ def without_ink(samples: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def from_libpng(data: bytes) -> np.ndarray:
-    """RGB (H, W, 3) of a PNG in which one colour is transparent: libpng compares it before it scales the samples."""
-    samples = imagecodecs.png_decode(data)  # (H, W, 2 or 4)
-    bits = 8 * samples.itemsize
-    pixels = np.empty((*samples.shape[:2], 3), np.uint8)
+def read_jpeg2000(data: bytes, image: ImageFile.ImageFile) -> np.ndarray:
+    """uint8 (H, W, 3)."""
+    depth = data[data.index(J2K_SIZE) + 42] & 0x7F  # bits of the first sample, less one (ISO 15444-1, A.5.1)
+    if depth < 8 or image.mode == "I;16":
+        return from_pillow(image)
+    return from_samples(imagecodecs.jpeg2k_decode(data), depth + 1)  # here Pillow makes the brightest samples black
+
+
+def from_samples(samples: np.ndarray, bits: int | None = None) -> np.ndarray:
+    """RGB (H, W, 3) of grey or colour, with alpha if there are 2 or 4 samples (H, W, S), each of so many bits."""
+    has_alpha, bits = samples.shape[2] % 2 == 0, bits or 8 * samples.itemsize
+    pixels, low_high = np.empty((*samples.shape[:2], 3), np.uint8), limits(samples)
     for rows in bands(*samples.shape[:2]):
-        band = to_bytes(samples[rows], bits, (0.0, 1.0))
-        pixels[rows] = over_background(band[..., :-1], band[..., -1])
+        band = to_bytes(samples[rows], bits, low_high)
+        pixels[rows] = over_background(band[..., :-1], band[..., -1]) if has_alpha else band
     return pixels
 
 

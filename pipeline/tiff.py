@@ -83,24 +83,43 @@ def oddities(page: TiffPage) -> list[tuple[bool, str]]:
     ]
 
 
-def decode_page(data: bytes, allow_truncated: bool) -> np.ndarray:
-    """The first page by tifffile as it is stored, uint8 (H, W, 3) RGB.
+def check_whole(data: bytes) -> None:
+    """Raise ValueError if strips or tiles of the first page are missing, which decoders do not notice in every case."""
+    page = TiffFile(io.BytesIO(data)).pages.first
+    ends = [at + count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    if page.is_contiguous:
+        ends.append(page.dataoffsets[0] + page.nbytes)
+    elif len(ends) < math.prod(page.chunked):
+        raise ValueError(f"there are {len(ends):,} strips or tiles of {math.prod(page.chunked):,}")
+    if max(ends, default=0) > len(data):
+        raise ValueError(f"the pixels should go on to byte {max(ends):,}, and there are {len(data):,}")
+
+
+def decode_page(data: bytes) -> np.ndarray:
+    """The first page by tifffile as it is stored, uint8 (H, W, 3) RGB; what is cut off is black.
 
     Raises `DecodeError`, and for damaged data almost anything.
     """
     page = open_page(io.BytesIO(data))
-    end = max((at + count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
-    if end > len(data):
-        if not allow_truncated or end > len(data) + page.nbytes:
-            raise ValueError(f"the data should go on to byte {end:,}")
-        page = open_page(io.BytesIO(data + bytes(end - len(data))))
-    stored = page.asarray(squeeze=False, maxworkers=1)  # (planes, 1, H, W, samples): planes or samples are 1
+    if page.is_contiguous and page.dataoffsets[0] + page.nbytes > len(data):
+        stored = cut_off(page, data)
+    else:
+        stored = page.asarray(squeeze=False, maxworkers=1)  # (planes, 1, H, W, samples): planes or samples are 1
     samples = stored[0, 0] if len(stored) == 1 else stored[:, 0, :, :, 0].transpose(1, 2, 0)
     pixels = np.empty((*samples.shape[:2], 3), np.uint8)
     low_high = limits(samples[..., : COLOURS[page.photometric]])
     for rows in bands(*samples.shape[:2]):
         pixels[rows] = to_rgb(page, samples[rows], low_high)
     return pixels
+
+
+def cut_off(page: TiffPage, data: bytes) -> np.ndarray:
+    """The samples of an uncompressed page whose data ends early, (planes, 1, H, W, samples)."""
+    samples = np.zeros(math.prod(page.shaped), page.dtype)
+    start, kind = page.dataoffsets[0], samples.dtype.newbyteorder(page.parent.byteorder)
+    there = np.frombuffer(data, kind, max(0, len(data) - start) // kind.itemsize, min(start, len(data)))
+    samples[: len(there)] = there
+    return samples.reshape(page.shaped)
 
 
 def to_rgb(page: TiffPage, samples: np.ndarray, low_high: tuple[float, float]) -> np.ndarray:
