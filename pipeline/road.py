@@ -44,9 +44,8 @@ FETCH_ATTEMPTS = 3
 FEWEST_REQUESTS, MOST_REQUESTS = 8, 128  # in flight: at first, and as many as the store's latency may make of them
 SUITED_EVERY = 32  # images
 SPARE = 2  # times the requests that are wanted at the mean latency
-DECODED = 18  # bytes a pixel while an image is decoded: 4 to 9 were measured for JPEG, 11 for PNG, 16 for WebP
-DEEP = 40  # the same for formats whose decoders hold samples of up to 64 bits: 24 for JPEG 2000, 38 for TIFF
-DEEP_FORMATS = ("tiff", "jpeg2000")
+DECODED = 18  # bytes a pixel while an image is decoded: 4 to 12 were measured for JPEG, 7 to 11 for PNG, 16 for WebP
+DEEP = {"tiff": 70, "jpeg2000": 28}  # the same where more were: 8 to 16 for most TIFFs, 66 for one strip of doubles; 24
 SCALED = 6  # bytes a pixel of the network's input, and of the batch that it is copied into
 MASKED = 3  # bytes a pixel, and a byte of its class id, of a mask that is made and encoded
 CHANGED = Outcome("changed", "the object is another one than was indexed; run again")
@@ -92,7 +91,7 @@ class Load:
         if not size:
             return Load(image.bytes, 0)
         mask = MASKED * (1 if classes <= 256 else 2) * pixels
-        decoding = (DEEP if image.format in DEEP_FORMATS else DECODED) * pixels
+        decoding = DEEP.get(image.format or "", DECODED) * pixels
         return Load(image.bytes + SCALED * size[0] * size[1] + mask, decoding)
 
     def or_more(self, other: "Load") -> "Load":

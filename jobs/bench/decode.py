@@ -10,7 +10,7 @@ of several turns on one thread, from bytes to the network's input; libjpeg-turbo
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import cv2
 import numpy as np
@@ -34,7 +34,8 @@ def main() -> None:
     print("| | full ms | scaled ms | times | Pillow ms | OpenCV ms | equal pixels: mean, worst | mIoU full, scaled |")
     print("|" + "---|" * 8)
     use_threads(1)
-    predictor, rows = Predictor(load_checkpoint(str(WEIGHTS)), "cpu"), {}
+    predictor = Predictor(load_checkpoint(str(WEIGHTS)), "cpu")
+    rows: dict[str, dict[str, float]] = {}
     for (width, height), count in SIZES.items():
         rows[f"{width}x{height}"] = row = compare(predictor, width, height, count)
         print(
@@ -74,7 +75,7 @@ def as_jpeg(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def best_times(readers: dict[str, Callable[[bytes], np.ndarray]], data: bytes) -> dict[str, float]:
+def best_times(readers: Mapping[str, Callable[[bytes], np.ndarray]], data: bytes) -> dict[str, float]:
     """Seconds of each; they take turns, as a machine is not always equally fast."""
     best = dict.fromkeys(readers, float("inf"))
     for _ in range(TURNS):
