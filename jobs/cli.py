@@ -75,9 +75,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
         return 2, f"error: {error}"
     if isinstance(error, IncompleteRunError):
         return 1, str(error)
-    if isinstance(
-        error, (*ERRORS, pa.ArrowException, duckdb.Error)
-    ):  # a full disk, a store that went away, a damaged file of ours
+    if isinstance(error, (*ERRORS, pa.ArrowException, duckdb.Error)):  # a full disk, a store or a file of ours gone bad
         return 1, f"error: {type(error).__name__}: {reason(error)}"
     return None
 

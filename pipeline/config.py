@@ -143,6 +143,15 @@ class PlanSettings(IndexSettings):
     max_pixels: int = option(
         100_000_000, "an image with more pixels gets a row with status too_large and is not decoded", "Model", "N"
     )
+    allow_truncated: bool = option(
+        False, "make a mask of what can be read of a damaged image (default: a row with status unreadable)", "Model"
+    )
+    scaled_decoding: bool = option(
+        False,
+        "decode JPEGs that the policy shrinks to half or less at a half, a quarter or an eighth of their size, which "
+        "is faster and changes a few pixels of a mask in a thousand",
+        "Model",
+    )
     precision: Literal["float32", "bfloat16"] = option(
         "float32",
         "of the matrix products: float32, or bfloat16, which is much faster on GPUs and CPUs that have it and changes "
@@ -175,7 +184,13 @@ class PlanSettings(IndexSettings):
 
     def mask_settings(self) -> dict[str, Any]:
         """The settings that decide what becomes of an image: a part of `model_version`."""
-        return {"policy": self.policy, "max_pixels": self.max_pixels, "precision": self.precision}
+        return {
+            "policy": self.policy,
+            "max_pixels": self.max_pixels,
+            "allow_truncated": self.allow_truncated,
+            "scaled_decoding": self.scaled_decoding,
+            "precision": self.precision,
+        }
 
 
 class SegmentSettings(PlanSettings):

@@ -186,7 +186,7 @@ class BareWork:
         data = store.fetch(entry.uri, entry.etag, entry.bytes)
         if self.last == "fetch":
             return None
-        pixels = decode(data, 10**9)
+        pixels = decode(data, 10**9).pixels
         height, width = pixels.shape[:2]
         resize(pixels, *parse_policy(self.case.policy).size(height, width))
         if self.last == "decode":
@@ -267,7 +267,7 @@ def ready(case: Case, lanes: int | None = None) -> Stretch:
     some = everything[:: max(1, len(everything) // READY)]
     sizes = [(image.height or 0, image.width or 0) for image in some]
     pixels = [
-        resize(decode(store.fetch(image.uri, image.etag, image.bytes), 10**9), *policy.size(*size))
+        resize(decode(store.fetch(image.uri, image.etag, image.bytes), 10**9).pixels, *policy.size(*size))
         for image, size in zip(some, sizes, strict=True)
     ]
     stretch, lock, todo = Stretch(), threading.Lock(), iter(range(len(everything)))

@@ -29,8 +29,10 @@ from model.labels import label_set
 from model.predictor import Predictor
 from model.windows import Span, Tiling, cut_out
 from pipeline.config import SegmentSettings
+from pipeline.containers import Images
 from pipeline.masks import overlay
 from pipeline.plan import PlannedImage
+from pipeline.reader import Reader
 from pipeline.road import Road
 from pipeline.segment import resident_memory
 from pipeline.storage import Store
@@ -165,13 +167,20 @@ def segment_large(path: Path) -> dict[str, Any]:
     torch.set_num_threads(2)
     Image.MAX_IMAGE_PIXELS = None
     settings = SegmentSettings(
-        input=str(path.parent), output=str(path.parent), checkpoint=str(WEIGHTS), policy="native", max_pixels=10**9
+        input=(str(path.parent),), output=str(path.parent), checkpoint=str(WEIGHTS), policy="native", max_pixels=10**9
     )
-    store, loaded = Store(settings.input, settings), load_checkpoint(str(WEIGHTS))
+    store, loaded = Store(str(path.parent), settings), load_checkpoint(str(WEIGHTS))
     (entry,) = [entry for _, entry in store.listing() if entry]
     width, height = map(int, path.stem.split("x"))
     image = PlannedImage(entry.uri, entry.etag, entry.bytes, path.suffix[1:], width, height)
-    road = Road(store, Predictor(loaded, "cpu", precision="float32"), loaded.labels, settings, 2, 1 << 30)
+    road = Road(
+        Images(Reader(settings), None),
+        Predictor(loaded, "cpu", precision="float32"),
+        loaded.labels,
+        settings,
+        2,
+        1 << 30,
+    )
     started = time.perf_counter()
     ((_, outcome),) = road.send([image]).outcomes()
     seconds = time.perf_counter() - started
