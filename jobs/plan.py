@@ -42,7 +42,7 @@ def run(settings: PlanSettings) -> int:
     masks = size(sum(bucket.mask_bytes for bucket in buckets))
     print(
         f"\n{plan.images:,} images to do in {len(plan.shards):,} shards of {len(buckets)} buckets; "
-        f"batches {plan.images / max(places, 1):.0%} full; about {masks} of masks"
+        f"batches {sum(bucket.windows for bucket in buckets) / max(places, 1):.0%} full; about {masks} of masks"
     )
     print(f"model  {version}")
     return 0

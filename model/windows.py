@@ -31,15 +31,20 @@ class Span:
 class Tiling:
     """How images are seen: the side of a window, and what neighbours share of it at least; multiples of `STEP`."""
 
-    window: int = 1024
-    overlap: int = 256
+    window: int = 2048
+    overlap: int = 512
+
+    def count(self, sides: Sides) -> Sides:
+        """How many windows lie along a side of so many pixels, or along each of several."""
+        beyond = np.maximum(padded(sides) - self.window, 0)
+        return 1 + -(-beyond // (self.window - self.overlap))
 
     def spans(self, side: int) -> list[Span]:
         """The windows along a side of so many pixels, spread evenly from its start to the end of the last `STEP`."""
         end = padded(side)
         if end <= self.window:
             return [Span(0, end)]
-        gaps = -(-(end - self.window) // (self.window - self.overlap))
+        gaps = self.count(side) - 1
         starts = [number * ((end - self.window) // STEP) // gaps * STEP for number in range(gaps + 1)]
         return [Span(start, start + self.window) for start in starts]
 

@@ -48,7 +48,7 @@ SHAPES = "SELECT DISTINCT coalesce(width, 0) AS width, coalesce(height, 0) AS he
 # an image whose header could not be read may be read all the same; one that is not in its file, or a file that is no
 # file of images to its end, may not
 ORDERED = """
-    SELECT bucket_h, bucket_w, places, work, mask_pixels, uri, etag, bytes, format,
+    SELECT bucket_h, bucket_w, places, windows, work, mask_pixels, uri, etag, bytes, format,
            nullif(i.width, 0) AS width, nullif(i.height, 0) AS height,
            CASE WHEN position IS NULL AND (file IS NOT NULL OR format IN ('tar', 'parquet')) THEN error END AS error,
            file, position
@@ -89,6 +89,7 @@ class PlannedShard:
 
     bucket: str | None  # network input, "height x width"; None: sizes not known
     images: int
+    windows: int  # network inputs that they make: one each, but for large ones under the policy native
     work: int  # pixels of the network's input, and what decoding takes beside it
     mask_pixels: int
 
@@ -152,12 +153,14 @@ def shape_table(shapes: pa.Table, policy: Policy, size: int, max_pixels: int) ->
     known = (heights > 0) & (widths > 0)
     bucket_h, bucket_w = policy.sizes(np.where(known, heights, 1), np.where(known, widths, 1))
     bucket_h, bucket_w = np.where(known, bucket_h, 0), np.where(known, bucket_w, 0)
-    pixels, inputs = heights * widths, bucket_h * bucket_w
+    windows = policy.windows(np.where(known, heights, 1), np.where(known, widths, 1))
+    pixels, inputs = heights * widths, windows * bucket_h * bucket_w
     places = np.maximum(pixels, inputs * (SHARD_PIXELS // SHARD_INPUT))
     columns = {
         "bucket_h": bucket_h,
         "bucket_w": bucket_w,
         "places": places.clip(-(-SHARD_PIXELS // size), SHARD_PIXELS),  # of the SHARD_PIXELS that a shard has
+        "windows": windows,
         "work": inputs + pixels // DECODING,
         "mask_pixels": np.where(pixels <= max_pixels, pixels, 0),
     }
@@ -230,8 +233,8 @@ def latest(values: np.ndarray, where: np.ndarray, before: int) -> np.ndarray:
 
 def describe(shard: pa.Table) -> PlannedShard:
     height, width = shard["bucket_h"][0].as_py(), shard["bucket_w"][0].as_py()
-    work, mask_pixels = (int(shard[name].to_numpy().sum()) for name in ("work", "mask_pixels"))
-    return PlannedShard(f"{height}x{width}" if height else None, len(shard), work, mask_pixels)
+    sums = (int(shard[name].to_numpy().sum()) for name in ("windows", "work", "mask_pixels"))
+    return PlannedShard(f"{height}x{width}" if height else None, len(shard), *sums)
 
 
 def planned_images(shard: pa.Table) -> list[PlannedImage]:
@@ -252,15 +255,16 @@ class Bucket:
 
     name: str
     images: int
+    windows: int  # network inputs that they make
     shards: int
-    batch: int  # images in a full batch
+    batch: int  # of them in a full batch
     batches: int
     mask_bytes: int  # estimated
 
     @property
     def fill(self) -> float:
-        """Images by places in batches, 0 to 1."""
-        return self.images / (self.batches * self.batch)
+        """Network inputs by places in batches, 0 to 1."""
+        return self.windows / (self.batches * self.batch)
 
 
 def batch_size(height: int, width: int, batch_pixels: int) -> int:
@@ -276,10 +280,10 @@ def summarise(shards: Sequence[PlannedShard], batch_pixels: int) -> list[Bucket]
     buckets = []
     for name, found in members.items():
         batch = batch_size(*bucket_size(name), batch_pixels) if name else 1
-        batches = sum(-(-shard.images // batch) for shard in found)
+        batches = sum(-(-shard.windows // batch) for shard in found)
         mask_bytes = round(MASK_BYTES_PER_PIXEL * sum(shard.mask_pixels for shard in found))
-        images = sum(shard.images for shard in found)
-        buckets.append(Bucket(name or "unknown", images, len(found), batch, batches, mask_bytes))
+        images, windows = sum(shard.images for shard in found), sum(shard.windows for shard in found)
+        buckets.append(Bucket(name or "unknown", images, windows, len(found), batch, batches, mask_bytes))
     return sorted(buckets, key=lambda bucket: (-bucket.images, bucket.name))
 
 

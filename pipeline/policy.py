@@ -1,7 +1,8 @@
 """The resolution policy: which size an image has when the network sees it.
 
-Images of one size share a batch, so the sizes must be few. Scaling the short side and rounding the long one puts a
-collection of thousands of shapes into a few dozen buckets without padding a pixel. Where no pixel may be scaled, an
+Images of one size share a batch, so the sizes must be few. Scaling the short side and rounding the long one to a
+multiple of 32, of 64 where it is twice as long and of 128 where it is four times, puts a collection of thousands of
+shapes into a few dozen buckets without padding a pixel. Where no pixel may be scaled, an
 image is seen through windows of one size instead (`model.windows`).
 """
 
@@ -11,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from model.windows import STEP, Tiling, padded
+from model.windows import STEP, Sides, Tiling, padded
 
 MAX_SIDE = 8192  # pixels of a network input
 MAX_ASPECT = 8  # a longer image is squeezed to this: 512 x 4096 is the largest input of short=512
@@ -19,7 +20,7 @@ MAX_ASPECT = 8  # a longer image is squeezed to this: 512 x 4096 is the largest 
 
 @dataclass(frozen=True)
 class Policy:
-    """`short=N`: the short side becomes N, the aspect is kept. `exact=HxW`: every image becomes H x W.
+    """`short=N`: the short side becomes N, the aspect is kept, but for 16 in N. `exact=HxW`: every image becomes H x W.
 
     `native=WINDOW+OVERLAP`: no pixel is scaled, and a larger image than a window is seen through overlapping ones.
     """
@@ -43,7 +44,8 @@ class Policy:
             return np.full_like(heights, self.exact[0]), np.full_like(widths, self.exact[1])
         assert self.short
         short, long = np.minimum(heights, widths), np.maximum(heights, widths)
-        scaled = np.rint(self.short * long / short / STEP).astype(np.int64) * STEP
+        step = STEP << np.log2((long // short).clip(1, MAX_ASPECT)).astype(np.int64)
+        scaled = np.rint(self.short * long / short / step).astype(np.int64) * step
         scaled = scaled.clip(self.short, self.short * MAX_ASPECT)
         return np.where(heights <= widths, self.short, scaled), np.where(heights <= widths, scaled, self.short)
 
@@ -51,9 +53,9 @@ class Policy:
         """Network input (height, width) of one image."""
         return size_of(self, height, width)
 
-    def windows(self, height: int, width: int) -> int:
-        """How many inputs of its size one image makes."""
-        return len(self.native.spans(height)) * len(self.native.spans(width)) if self.native else 1
+    def windows(self, heights: Sides, widths: Sides) -> Sides:
+        """How many inputs of its bucket's size an image makes, or each of several."""
+        return self.native.count(heights) * self.native.count(widths) if self.native else heights * 0 + 1
 
 
 @lru_cache(maxsize=10_000)  # a collection has few sizes, and NumPy takes its time for one number
@@ -63,7 +65,7 @@ def size_of(policy: Policy, height: int, width: int) -> tuple[int, int]:
 
 
 def parse_policy(text: str) -> Policy:
-    """A policy from `short=512`, `exact=512x1024`, `native` or `native=1024+256`.
+    """A policy from `short=512`, `exact=512x1024`, `native` or `native=2048+512`.
 
     ValueError says what is wrong with any other text.
     """
@@ -76,7 +78,7 @@ def parse_policy(text: str) -> Policy:
     else:
         raise ValueError(
             "expected short=N (short=512), exact=HEIGHTxWIDTH (exact=512x1024), native or native=WINDOW+OVERLAP "
-            "(native=1024+256)"
+            "(native=2048+512)"
         )
     if policy.native:
         check_windows(policy.native)

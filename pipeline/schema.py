@@ -32,7 +32,7 @@ CLASS = pa.struct(
 
 SEGMENTS = pa.schema(
     [
-        field("uri", pa.string(), "where the image lies", nullable=False),
+        field("uri", pa.string(), "where the image lies; FILE#KEY in a tar or Parquet file", nullable=False),
         field("etag", pa.string(), "the object's version when it was indexed", nullable=False),
         field("bytes", pa.int64(), "size of the encoded image", "byte", nullable=False),
         field("format", pa.string(), "encoding, by content"),

@@ -238,7 +238,7 @@ print(json.dumps([started, resident_memory("VmHWM"), started + road.bound()]))
         ("short=512", 256 << 20, [(16, 3840, 2160, "jpg")]),
         ("short=512", 256 << 20, MIX),
         ("short=512", 1, [(3, 3840, 2160, "png")]),
-        ("native", 256 << 20, [(6, 640, 480, "jpg"), (1, 3840, 2160, "jpg"), (1, 1536, 2048, "png")]),
+        ("native=1024+256", 256 << 20, [(6, 640, 480, "jpg"), (1, 3840, 2160, "jpg"), (1, 1536, 2048, "png")]),
     ],
     ids=["4K", "mix", "one at a time", "windows"],
 )
