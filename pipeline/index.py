@@ -209,7 +209,7 @@ class Headers:
         skipped: Counter[str] = Counter()
         etag = etag or ObjectFile(self.reader, uri).etag
         itself: dict[str, Any] = {"uri": uri, "etag": etag, "bytes": size, "format": kind_of(uri)}
-        rows = [itself]
+        rows = {uri: itself}
         try:
             for member in members(self.reader, uri, etag, self.settings.image_column):
                 name = member.uri[len(uri) + 1 :]
@@ -218,10 +218,10 @@ class Headers:
                 elif kind_of(uri) == "tar" and not is_image_name(name):
                     skipped[f"{os.path.splitext(name)[1].lower() or 'no extension'} in a tar"] += 1
                 else:
-                    rows.append(vars(member) | {"etag": etag, "file": uri})
+                    rows[member.uri] = vars(member) | {"etag": etag, "file": uri}  # of one name the last, as unpacked
         except ContainerError as error:
             itself["error"] = str(error)
-        return rows, skipped
+        return list(rows.values()), skipped
 
 
 def add_part(output: Store, tables: list[pa.Table]) -> None:

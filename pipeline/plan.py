@@ -53,7 +53,7 @@ ORDERED = """
            CASE WHEN position IS NULL AND (file IS NOT NULL OR format IN ('tar', 'parquet')) THEN error END AS error,
            file, position
     FROM images i JOIN shapes s ON coalesce(i.width, 0) = s.width AND coalesce(i.height, 0) = s.height
-    ORDER BY bucket_h, bucket_w, uri, etag, position DESC
+    ORDER BY bucket_h, bucket_w, uri, etag, position
 """
 
 
