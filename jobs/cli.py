@@ -1,6 +1,7 @@
 """The command line: `swath JOB ...`. Options, YAML keys and checks all come from the settings in `pipeline.config`."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """The exit code of `work`, with everything a person can act on said in one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is done is kept, as with Ctrl-C
     try:
         return work()
     except ConfigurationError as error:

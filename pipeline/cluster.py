@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
+import ray.exceptions
 
 from pipeline.config import ConfigurationError, IndexSettings, SegmentSettings, worker_range
 from pipeline.storage import reason
@@ -88,9 +89,17 @@ def spread(settings: IndexSettings, work: Callable[[T], R], chunks: Iterator[T])
         for chunk in chunks:
             ahead.append(task.remote(shared, chunk))
             if len(ahead) > CHUNKS_AHEAD * ray.cluster_resources().get("CPU", 1):
-                yield ray.get(ahead.popleft())
+                yield result(ahead.popleft())
         while ahead:
-            yield ray.get(ahead.popleft())
+            yield result(ahead.popleft())
+
+
+def result(task: Any) -> Any:
+    """What a task gives, or the error that it had, as if it had been here."""
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
 
 
 def do(work: Callable[[T], R], chunk: T) -> R:

@@ -167,7 +167,7 @@ class PlanSettings(IndexSettings):
     )
     shard_images: int | None = option(
         None,
-        "images in one shard, one Parquet file, which is what a retry repeats; fewer if large (default: 16 to 512)",
+        "images in one shard, one Parquet file, which is what a retry repeats; fewer if large (default: 64 to 1024)",
         "Run",
         "N",
     )
@@ -189,6 +189,7 @@ class PlanSettings(IndexSettings):
             "max_pixels": self.max_pixels,
             "allow_truncated": self.allow_truncated,
             "scaled_decoding": self.scaled_decoding,
+            "image_column": self.image_column,
             "precision": self.precision,
         }
 
@@ -275,7 +276,7 @@ def absolute(url: str) -> str:
     """`url`, or a local path that means the same on every machine of a cluster. Raises ValueError."""
     if not url.strip():
         raise ValueError("must not be empty")
-    protocol, _, rest = url.rpartition("://")
+    protocol, _, rest = url.partition("://") if "://" in url else ("", "", url)
     if not protocol and re.match(r"[a-z0-9]+:/", url):
         raise ValueError("a URL has two slashes: s3://bucket/prefix")
     if protocol and re.match(r"[^/]*:[^/]*@", rest):

@@ -99,7 +99,8 @@ def decode(
         raise
     except Exception as error:  # Pillow documents no set of errors for damaged data, and raises almost all
         raise DecodeError("unreadable", f"the {header.format} data is damaged: {one_line(error)}") from None
-    if pixels.shape[:2] != (height, width) and not enough:
+    is_scaled = enough and header.format in ("jpeg", "mpo")
+    if pixels.shape[:2] != (height, width) and not is_scaled:
         found = "x".join(map(str, pixels.shape[1::-1]))
         raise DecodeError("unreadable", f"the header says {width}x{height} pixels, and there are {found}")
     return Decoded(pixels, height, width)
@@ -110,15 +111,20 @@ def read_header(file: BinaryIO) -> Header:
 
     Raises `DecodeError`; a `file` that is only the beginning of an image may be reported as unreadable.
     """
-    file.seek(0)
-    beginning = file.read(30)
-    if beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP":
-        return webp_header(file, beginning)
-    if beginning.startswith(tiff.SIGNATURES):
-        return tiff.read_header(file)
-    image = open_image(file)
-    turn = 1 if image.format == "HEIF" else orientation(image.info.get("exif"))  # libheif turns by itself
-    return upright((image.format or "").lower(), *image.size, turn)
+    try:
+        file.seek(0)
+        beginning = file.read(30)
+        if beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP":
+            return webp_header(file, beginning)
+        if beginning.startswith(tiff.SIGNATURES):
+            return tiff.read_header(file)
+        image = open_image(file)
+        turn = 1 if image.format == "HEIF" else orientation(image.info.get("exif"))  # libheif turns by itself
+        return upright((image.format or "").lower(), *image.size, turn)
+    except DecodeError:
+        raise
+    except Exception as error:  # whatever the bytes are
+        raise DecodeError("unreadable", f"the header is damaged: {one_line(error)}") from None
 
 
 def read_pixels(data: bytes, header: Header, enough: tuple[int, int] | None, allow_truncated: bool) -> np.ndarray:

@@ -34,6 +34,7 @@ SIGNATURES = {  # of what a decoder here might know, and yet refuse
 NOT_KNOWN = re.compile("cannot handle|unsupported|unable to determine", re.IGNORECASE)  # Pillow's words for it
 ORIENTATION = 0x0112  # the EXIF tag
 TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+MAX_SIDE = 2**31 - 1  # pixels; what no image has, but a damaged header can say
 WEBP_EXIF = 0x08  # the flag in a VP8X chunk
 
 Image.init()  # registers all of FORMATS but HEIF; by itself Pillow begins with fewer
@@ -64,7 +65,7 @@ class Header:
 
 def upright(name: str, width: int, height: int, turn: int) -> Header:
     """The header of an image that is stored with this width and height; raises `DecodeError` if it has no pixels."""
-    if width < 1 or height < 1:
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
         raise DecodeError("unreadable", f"the header is damaged: {width}x{height} pixels")
     if turn in TURNED:
         width, height = height, width

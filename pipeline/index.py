@@ -6,9 +6,8 @@ its own beside theirs, so that it is known even where it holds none.
 """
 
 import io
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import ConfigurationError, IndexSettings
-from pipeline.containers import ContainerError, kind_of, members
+from pipeline.containers import ContainerError, NoImagesError, kind_of, members
 from pipeline.decode import DecodeError, read_header
-from pipeline.inputs import is_image_name, is_utf8, list_inputs
+from pipeline.inputs import list_inputs, nothing_found, why_not
 from pipeline.reader import HEAD, ChangedError, ObjectFile, Reader
 from pipeline.storage import ERRORS, Store, reason
 from pipeline.tables import stored
@@ -28,7 +27,10 @@ from pipeline.tables import stored
 REQUESTS = 32  # in flight in each process, where nothing else is said
 CHUNK = 2_048  # objects between two progress reports
 FILES_CHUNK = 16  # of tar and Parquet files
-SPREAD = 100_000  # objects to open, from which on all machines of a cluster share the work
+FILE_HEAD = 1 << 20  # bytes of such a file that are read at once: many small members, and not much of a large one
+FILE_IMAGES = 1_000  # that such a file may hold
+SPREAD = 100_000  # images to look at, from which on all machines of a cluster share the work
+KINDS = ("= 'image'", "!= 'image'")
 PART_IMAGES = 100_000  # in one part of the index, roughly
 
 SCHEMA = pa.schema(
@@ -54,15 +56,23 @@ UNKNOWN = """
     ANTI JOIN (SELECT coalesce(file, uri) AS uri, etag FROM known) k ON l.uri = k.uri AND l.etag = k.etag
 """
 IMAGES = """
-    CREATE TABLE images AS
-    SELECT coalesce(k.uri, l.uri) AS uri, coalesce(k.etag, l.etag, '') AS etag, coalesce(k.bytes, l.bytes, 0) AS bytes,
-           k.format, k.width, k.height, k.error, k.file, k.position
-    FROM listing l LEFT JOIN known k ON l.uri = coalesce(k.file, k.uri) AND l.etag = k.etag
-    WHERE (l.kind = 'image' OR k.file IS NOT NULL OR k.error IS NOT NULL)
+    CREATE TABLE images AS SELECT k.* FROM known k
+    SEMI JOIN listing l ON l.uri = coalesce(k.file, k.uri) AND l.etag = k.etag
+    WHERE k.file IS NOT NULL OR k.format IS NULL OR k.format NOT IN ('tar', 'parquet') OR k.error IS NOT NULL
 """
-MEMBER_MATCHES = "substr(k.uri, l.root + 1) GLOB ?"
+CHOSEN = """
+    CREATE OR REPLACE TABLE images AS SELECT i.* FROM images i LEFT JOIN listing l ON i.file = l.uri
+    WHERE i.file IS NULL OR is_chosen(substr(i.uri, l.root + 1))
+"""
+# what could not be opened: a worker tries an image again, a file of images is told of
+UNREAD = """
+    INSERT INTO images
+    SELECT uri, coalesce(etag, ''), coalesce(bytes, 0), CASE WHEN kind != 'image' THEN kind END, NULL, NULL,
+           CASE WHEN kind != 'image' THEN 'the file of images is gone, has changed or could not be read' END, NULL, NULL
+    FROM unknown ANTI JOIN opened USING (uri)
+"""
 
-Reading = tuple[pa.Table, Counter[str]]  # rows of SCHEMA, and how many members of files are no images, by why
+Reading = tuple[pa.Table, pa.Table, Counter[str]]  # rows of SCHEMA, URIs that were opened, members that are no images
 Spread = Callable[[Callable[[pa.Table], Reading], Iterator[pa.Table]], Iterator[Reading]]
 
 
@@ -91,27 +101,32 @@ def update_index(
     """List the collection, read the headers that are not known yet, and keep them in the output.
 
     `spread` has many machines read them where there are very many. Raises `ConfigurationError` for a collection that
-    cannot be listed or holds no image.
+    cannot be listed or read, or holds no image.
     """
     skipped = list_inputs(tables, settings, output, progress.listing)
-    join(FILL, tables, output)
+    has_etags = not tables.execute("SELECT bool_or(etag IS NULL) FROM listing").fetchall()[0][0]
+    if not has_etags:  # such an object is taken for the one that is known
+        join(FILL, tables, output)
     join(UNKNOWN, tables, output)
-    opened = count(tables, "unknown")
-    skipped += read_unknown(settings, output, tables, opened, progress, spread if opened >= SPREAD else map)
-    join(FILL, tables, output)
-    patterns = [*settings.include, *settings.exclude]
-    included = " OR ".join([MEMBER_MATCHES] * len(settings.include)) or "true"
-    excluded = " OR ".join([MEMBER_MATCHES] * len(settings.exclude)) or "false"
-    join(f"{IMAGES} AND (k.file IS NULL OR (({included}) AND NOT ({excluded})))", tables, output, patterns)
-    return Index(count(tables, "images"), skipped, opened)
+    images, files = (tables.table("unknown").filter(f"kind {kinds}").count("*").fetchall()[0][0] for kinds in KINDS)
+    is_large = images + FILE_IMAGES * files >= SPREAD
+    skipped += read_unknown(settings, output, tables, images + files, progress, spread if is_large else map)
+    if not has_etags:
+        join(FILL, tables, output)
+    join(IMAGES, tables, output)
+    if settings.include or settings.exclude:
+        tables.create_function("is_chosen", lambda name: not why_not(name, "image", settings), ["VARCHAR"], "BOOLEAN")
+        tables.execute(CHOSEN)
+    tables.execute(UNREAD)
+    if not (found := count(tables, "images")):
+        raise ConfigurationError(nothing_found(settings, skipped))
+    return Index(found, skipped, images + files)
 
 
-def join(query: str, tables: duckdb.DuckDBPyConnection, output: Store, values: Sequence[str] = ()) -> None:
+def join(query: str, tables: duckdb.DuckDBPyConnection, output: Store) -> None:
     """Run a query over the table `known`: every row of the index."""
-    if query == FILL and not tables.execute("SELECT count(*) FROM listing WHERE etag IS NULL").fetchall()[0][0]:
-        return
     tables.register("known", read_index(output))
-    tables.execute(query, values)
+    tables.execute(query)
 
 
 def read_index(output: Store) -> pa.RecordBatchReader:
@@ -127,24 +142,24 @@ def read_unknown(
     progress: Progress,
     spread: Spread,
 ) -> Counter[str]:
-    """Open what is in the table `unknown`, and put what its headers say into the index, part by part."""
+    """Open what is in the table `unknown`, and put what its headers say into the index, part by part; what could be
+    opened is in the table `opened`.
+
+    Raises `ConfigurationError` when the store gives nothing at all, which no image can be blamed for.
+    """
     skipped: Counter[str] = Counter()
     done, rows = 0, []
-    sizes: list[int] = []
-
-    def chunks() -> Iterator[pa.Table]:
-        for kinds, size in (("= 'image'", CHUNK), ("!= 'image'", FILES_CHUNK)):
-            for batch in tables.sql(f"FROM unknown WHERE kind {kinds}").to_arrow_reader(CHUNK):
-                for start in range(0, len(batch), size):
-                    sizes.append(len(part := pa.Table.from_batches([batch.slice(start, size)])))
-                    yield part
-
+    is_first = not tables.execute("SELECT 1 FROM listing ANTI JOIN unknown USING (uri) LIMIT 1").fetchall()
+    tables.execute("CREATE TABLE opened (uri VARCHAR)")
     progress.indexing(0, total)
     try:
-        for number, (found, others) in enumerate(spread(Headers(settings), chunks())):
+        for found, opened, others in spread(Headers(settings, is_first), chunks(tables)):
+            is_first = False
             skipped += others
             rows.append(found)
-            done += sizes[number]
+            tables.register("page", opened)
+            tables.execute("INSERT INTO opened SELECT uri FROM page WHERE is_there")
+            done += len(opened)
             progress.indexing(done, total)
             if sum(map(len, rows)) >= PART_IMAGES:
                 add_part(output, rows)
@@ -154,73 +169,76 @@ def read_unknown(
     return skipped
 
 
+def chunks(tables: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
+    """The table `unknown` in pieces that are opened together, images first."""
+    with tables.cursor() as cursor:  # as the connection has other things to do meanwhile
+        for kinds, size in zip(KINDS, (CHUNK, FILES_CHUNK), strict=True):
+            for batch in cursor.sql(f"FROM unknown WHERE kind {kinds}").to_arrow_reader(CHUNK):
+                for start in range(0, len(batch), size):
+                    yield pa.Table.from_batches([batch.slice(start, size)])
+
+
 class Headers:
     """Objects to rows of the index, many at once: one small read for an image, a second where that is not enough."""
 
-    def __init__(self, settings: IndexSettings):
-        self.settings, self.reader = settings, Reader(settings)
+    def __init__(self, settings: IndexSettings, is_first: bool):
+        """`is_first` when nothing of the collection is known: a store that then gives nothing cannot be read."""
+        self.settings, self.is_first, self.reader = settings, is_first, Reader(settings)
 
-    def __reduce__(self) -> tuple[type["Headers"], tuple[IndexSettings]]:
-        return Headers, (self.settings,)  # connections stay where they are
+    def __reduce__(self) -> tuple[type["Headers"], tuple[IndexSettings, bool]]:
+        return Headers, (self.settings, self.is_first)  # connections stay where they are
 
     def __call__(self, objects: pa.Table) -> Reading:
-        """Rows of SCHEMA for objects (uri, etag, bytes, kind); none for one that the store did not give, which the
-        worker will try again.
-
-        Raises `ConfigurationError` when the store gives nothing at all, which no image can be blamed for.
-        """
+        """What objects (uri, etag, bytes, kind) hold; of one that the store did not give there is no row."""
         with ThreadPoolExecutor(self.settings.requests or REQUESTS) as pool:
             found = list(pool.map(self.open, objects.to_pylist()))
         refused = [one for one in found if isinstance(one, Exception)]
-        if refused and len(refused) == len(found):
+        is_gone = (FileNotFoundError, ChangedError)
+        if self.is_first and len(refused) == len(found) and not any(isinstance(one, is_gone) for one in refused):
             raise ConfigurationError(f"{objects['uri'][0]}: cannot be read: {reason(refused[0])}")
         readings = [one for one in found if not isinstance(one, Exception)]
-        rows = [row for rows, _ in readings for row in rows]
-        return pa.Table.from_pylist(rows, SCHEMA), sum((skipped for _, skipped in readings), Counter())
+        rows = pa.Table.from_pylist([row for rows, _ in readings for row in rows], SCHEMA)
+        is_there = pa.array([not isinstance(one, Exception) for one in found])
+        skipped = sum((others for _, others in readings), Counter[str]())
+        return rows, pa.table({"uri": objects["uri"], "is_there": is_there}), skipped
 
     def open(self, row: dict[str, Any]) -> tuple[list[dict], Counter[str]] | Exception:
         """The rows of one object, or the store's error."""
         try:
             if row["kind"] == "image":
                 return [self.header(row["uri"], row["etag"] or "", row["bytes"])], Counter()
-            return self.members(row["uri"], row["etag"] or "", row["bytes"] or 0)
-        except (FileNotFoundError, ChangedError):
-            return [], Counter()
-        except ERRORS as error:
-            if row["kind"] != "image":  # of whose images nobody would hear
-                raise
+            return self.members(row["uri"], row["etag"] or "")
+        except (*ERRORS, ChangedError) as error:
             return error
 
     def header(self, uri: str, etag: str, size: int | None) -> dict[str, Any]:
         """One image."""
         row: dict[str, Any] = {"uri": uri, "etag": etag, "bytes": size}
-        if size != 0:
+        if size != 0 or not etag:
             file = ObjectFile(self.reader, uri, etag)
             row |= {"etag": file.etag, "bytes": file.bytes}
-            try:
-                if file.bytes:
+            if file.bytes:
+                try:
                     return row | vars(read_header(io.BufferedReader(file, HEAD)))
-            except DecodeError as error:
-                return row | {"error": str(error)}
+                except DecodeError as error:
+                    if file.failure:
+                        raise file.failure from None
+                    return row | {"error": str(error)}
         return row | {"error": "the file is empty (0 bytes)"}
 
-    def members(self, uri: str, etag: str, size: int) -> tuple[list[dict], Counter[str]]:
+    def members(self, uri: str, etag: str) -> tuple[list[dict], Counter[str]]:
         """The images in a tar or Parquet file, and the file itself."""
         skipped: Counter[str] = Counter()
-        etag = etag or ObjectFile(self.reader, uri).etag
-        itself: dict[str, Any] = {"uri": uri, "etag": etag, "bytes": size, "format": kind_of(uri)}
+        file = ObjectFile(self.reader, uri, etag, FILE_HEAD, FILE_HEAD)
+        itself: dict[str, Any] = {"uri": uri, "etag": file.etag, "bytes": file.bytes, "format": kind_of(uri)}
         rows = {uri: itself}
         try:
-            for member in members(self.reader, uri, etag, self.settings.image_column):
-                name = member.uri[len(uri) + 1 :]
-                if not is_utf8(name):
-                    skipped["a name that is not UTF-8"] += 1
-                elif kind_of(uri) == "tar" and not is_image_name(name):
-                    skipped[f"{os.path.splitext(name)[1].lower() or 'no extension'} in a tar"] += 1
-                else:
-                    rows[member.uri] = vars(member) | {"etag": etag, "file": uri}  # of one name the last, as unpacked
+            for member in members(file, self.settings.image_column, skipped):
+                rows[member.uri] = vars(member) | {"etag": file.etag, "file": uri}  # of one name the last, as unpacked
         except ContainerError as error:
             itself["error"] = str(error)
+        except NoImagesError:  # not remembered, as another column may be asked for
+            return [], Counter({"a Parquet file without images": 1})
         return list(rows.values()), skipped
 
 

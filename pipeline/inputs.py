@@ -18,15 +18,15 @@ from itertools import islice
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
 from pipeline import manifests
 from pipeline.config import ConfigurationError, IndexSettings
-from pipeline.containers import image_column, kind_of
-from pipeline.decode import SUFFIXES
+from pipeline.containers import extension, image_column, is_image_name, is_utf8, kind_of
 from pipeline.reader import ObjectFile, Reader
-from pipeline.storage import ERRORS, Entry, Store, reason
+from pipeline.storage import ERRORS, Entry, Store, public_url, reason
 
 SCHEMA = pa.schema(
     [
@@ -37,9 +37,9 @@ SCHEMA = pa.schema(
         pa.field("root", pa.int32(), nullable=False, metadata={"note": "characters of the URI before its name"}),
     ]
 )
-ONCE = """
+ONCE = """  -- where a listing and a manifest differ, the listing is right
     CREATE OR REPLACE TABLE listing AS
-    SELECT uri, max(etag) AS etag, max(bytes) AS bytes, max(kind) AS kind, max(root) AS root FROM listing GROUP BY uri
+    SELECT DISTINCT ON (uri) * FROM listing ORDER BY uri, root DESC, etag
 """
 PAGE = 10_000  # entries between two words to whoever waits
 
@@ -63,11 +63,15 @@ def list_inputs(
             count += len(page)
             listed(count)
     if not count:
-        raise ConfigurationError(f"{', '.join(settings.input)}: no images found{summary(skipped)}; see --include")
+        raise ConfigurationError(nothing_found(settings, skipped))
     if len(settings.input) > 1 or tables.execute("SELECT bool_or(root = 0) FROM listing").fetchall()[0][0]:
         tables.execute(ONCE)
         skipped["listed twice"] = count - tables.table("listing").count("*").fetchall()[0][0]
     return +skipped
+
+
+def nothing_found(settings: IndexSettings, skipped: Counter[str]) -> str:
+    return f"{', '.join(map(public_url, settings.input))}: no images found{summary(skipped)}; see --include"
 
 
 def pages(
@@ -79,12 +83,12 @@ def pages(
         if name.endswith(manifests.INVENTORY):
             yield from named(manifests.named_by_inventory(url, reader), settings, skipped)
         elif name.endswith(manifests.SUFFIXES) or (name.endswith(".parquet") and not has_images(url, settings, reader)):
-            folder = Store(url.rpartition("/")[0], settings).uri("")
+            folder = Store(url.rpartition("/")[0] or "/", settings).uri("")
             yield from named(manifests.named_by_table(url, reader, folder, settings.uri_column), settings, skipped)
         else:
             yield from walk(url, settings, output, skipped)
     except (*ERRORS, pa.ArrowException, ValueError) as error:
-        raise ConfigurationError(f"{url}: cannot be read: {reason(error)}") from None
+        raise ConfigurationError(f"{public_url(url)}: cannot be read: {reason(error)}") from None
 
 
 def has_images(url: str, settings: IndexSettings, reader: Reader) -> bool:
@@ -103,8 +107,8 @@ def walk(url: str, settings: IndexSettings, output: Store, skipped: Counter[str]
         literal = re.split(r"[*?\[]", url, maxsplit=1)[0]
         root, _, beginning = literal.rpartition("/")
         matches = re.compile(glob_translate(url[len(root) + 1 :])).match
-    store = Store(root, settings)
-    before = len(store.uri("")) + 1
+    store = Store(root or "/", settings)
+    before = len(store.uri("").rstrip("/")) + 1
     found = select(store.listing(beginning), matches, settings, output, skipped)
     while page := list(islice(found, PAGE)):
         yield pa.table(
@@ -121,7 +125,7 @@ def walk(url: str, settings: IndexSettings, output: Store, skipped: Counter[str]
 
 def is_glob(url: str) -> bool:
     """Whether a URL has wildcards, and is no local file or folder of that very name."""
-    return bool(re.search(r"[*?\[]", url)) and not os.path.exists(url)
+    return bool(re.search(r"[*?\[]", url)) and not os.path.exists(url.removeprefix("file://"))
 
 
 def select(
@@ -143,7 +147,7 @@ def select(
             kind = kind_of(name) or "image"
             why = why_not(name, kind, settings) or ("" if is_utf8(entry.uri) else "a name that is not UTF-8")
             if not why and kind == "image" and not settings.include and not is_image_name(name):
-                why = os.path.splitext(name)[1].lower() or "no extension"
+                why = extension(name)
             if why:
                 skipped[why] += 1
             else:
@@ -167,7 +171,9 @@ def parents(name: str) -> Iterator[str]:
 
 def named(rows: Iterator[pa.Table], settings: IndexSettings, skipped: Counter[str]) -> Iterator[pa.Table]:
     """What a manifest names, all of it unless patterns choose, which match the whole URI."""
-    for table in rows:
+    for every in rows:
+        table = every.filter(pc.is_valid(every["uri"]))
+        skipped.update(["no URI in a manifest"] * (len(every) - len(table)))
         kinds = pa.array([kind_of(uri) or "image" for uri in table["uri"].to_pylist()], pa.string())
         page = table.append_column("kind", kinds).append_column("root", pa.repeat(pa.scalar(0, pa.int32()), len(table)))
         if settings.include or settings.exclude:
@@ -175,18 +181,6 @@ def named(rows: Iterator[pa.Table], settings: IndexSettings, skipped: Counter[st
             skipped.update(filter(None, verdicts))
             page = page.filter(pa.array([not verdict for verdict in verdicts]))
         yield page.select(SCHEMA.names)
-
-
-def is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
-
-
-def is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def summary(skipped: Counter[str]) -> str:

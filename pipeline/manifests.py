@@ -26,13 +26,13 @@ COLUMNS = {  # what each may be called, in this order
     "etag": ("etag", "e_tag"),
     "bytes": ("bytes", "size"),
 }
-CREDENTIALS = r"^[^/]*://[^/]*:[^/]*@"
+CREDENTIALS = r"(?i)^(https?|s?ftp)://[^/]*@|^[^/]*://[^/]*:[^/]*@|[?&](x-amz-signature|x-goog-signature|sig|token)="
 
 
 def named_by_table(url: str, reader: Reader, folder: str, uri_column: str | None) -> Iterator[pa.Table]:
     """The objects that a table names, as tables of SCHEMA; a URI without a protocol is relative to `folder`.
 
-    Raises `ConfigurationError` where there is no such column, or a URI holds a password.
+    Raises `ConfigurationError` where there is no such column, or a URI holds a password or a signature.
     """
     names = column_names(url, reader)
     columns = {ours: next((name for name in known if name in names), None) for ours, known in COLUMNS.items()}
@@ -42,11 +42,14 @@ def named_by_table(url: str, reader: Reader, folder: str, uri_column: str | None
     for rows in read(url, reader, {name: ours for ours, name in columns.items() if name}):
         uris = rows["uri"]
         if pc.any(pc.match_substring_regex(uris, CREDENTIALS)).as_py():
-            raise ConfigurationError(f"{url}: credentials in a URI would be in every row; leave them out")
+            raise ConfigurationError(
+                f"{url}: credentials in a URI (a password, a signature) would be in every row; leave them out"
+            )
         relative = pc.binary_join_element_wise(f"{folder.rstrip('/')}/", uris, "")
         uris = pc.if_else(pc.starts_with(uris, "/"), pc.binary_join_element_wise("file://", uris, ""), uris)
         uris = pc.if_else(pc.match_substring(uris, "://"), uris, relative)
-        yield rows.set_column(0, "uri", uris)
+        etags = pc.utf8_trim(rows["etag"], '"')  # as S3 itself writes them
+        yield rows.set_column(0, "uri", uris).set_column(1, "etag", etags)
 
 
 def named_by_inventory(url: str, reader: Reader) -> Iterator[pa.Table]:
@@ -57,7 +60,7 @@ def named_by_inventory(url: str, reader: Reader) -> Iterator[pa.Table]:
     try:
         about = json.loads(ObjectFile(reader, url).read())
         kind, parts = about["fileFormat"].lower(), [file["key"] for file in about["files"]]
-        source = about["destinationBucket"].removeprefix("arn:aws:s3:::")
+        source = about["destinationBucket"].rpartition(":")[2]
         fields = [name.strip() for name in about["fileSchema"].split(",")] if kind == "csv" else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{url}: not the manifest of an S3 Inventory ({error!r})") from None
@@ -75,9 +78,9 @@ def named_by_inventory(url: str, reader: Reader) -> Iterator[pa.Table]:
         for every in read(uri, reader, {names[name]: ours for name, ours in wanted.items() if name in names}, fields):
             rows = every
             if "islatest" in every.column_names:
-                rows = rows.filter(is_true(rows["islatest"]))
+                rows = rows.filter(is_true(rows["islatest"], otherwise=True))
             if "isdeletemarker" in every.column_names:
-                rows = rows.filter(pc.invert(is_true(rows["isdeletemarker"])))
+                rows = rows.filter(pc.invert(is_true(rows["isdeletemarker"], otherwise=False)))
             keys = rows["uri"]
             if kind == "csv":  # whose keys are written as in a URL
                 keys = pa.chunked_array([pa.array([unquote_plus(key) for key in keys.to_pylist()], pa.string())])
@@ -87,8 +90,9 @@ def named_by_inventory(url: str, reader: Reader) -> Iterator[pa.Table]:
             yield listed.filter(pc.invert(pc.ends_with(listed["uri"], "/")))  # folders, as consoles make them
 
 
-def is_true(flags: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.equal(pc.utf8_lower(flags.cast(pa.string())), "true")
+def is_true(flags: pa.ChunkedArray, otherwise: bool) -> pa.ChunkedArray:
+    """Flags, however they are written; `otherwise` where there is none."""
+    return pc.equal(pc.utf8_lower(flags.cast(pa.string())), "true").fill_null(otherwise)
 
 
 def column_names(url: str, reader: Reader) -> list[str]:
@@ -96,7 +100,7 @@ def column_names(url: str, reader: Reader) -> list[str]:
     if url.lower().endswith(".parquet"):
         return pq.read_schema(ObjectFile(reader, url)).names
     with text(url, reader) as stream:
-        if ".csv" in url.lower():
+        if is_csv(url):
             return pyarrow.csv.open_csv(stream).schema.names
         line = stream.read(1 << 20).split(b"\n", 1)[0]
         found = json.loads(line or b"{}")
@@ -106,8 +110,9 @@ def column_names(url: str, reader: Reader) -> list[str]:
 def read(
     url: str, reader: Reader, columns: Mapping[str, str], names: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
-    """Tables of SCHEMA, and of what else `columns` (their name: ours) asks for, as text; rows without a URI are left
-    out. `names` are those of a CSV file that has none of its own.
+    """Tables of SCHEMA, and of what else `columns` (their name: ours) asks for, as text.
+
+    `names` are those of a CSV file that has none of its own.
     """
     types = {
         theirs: SCHEMA.field(ours).type if ours in SCHEMA.names else pa.string() for theirs, ours in columns.items()
@@ -115,9 +120,7 @@ def read(
     for batch in batches(url, reader, types, names):
         found = {columns[name]: batch[name].cast(types[name]) for name in columns}
         missing = {name: pa.nulls(len(batch), SCHEMA.field(name).type) for name in SCHEMA.names if name not in found}
-        yield pa.table({name: (found | missing)[name] for name in [*SCHEMA.names, *found]}).filter(
-            pc.is_valid(found["uri"])
-        )
+        yield pa.table({name: (found | missing)[name] for name in [*SCHEMA.names, *found]})
 
 
 def batches(
@@ -128,9 +131,9 @@ def batches(
         yield from pq.ParquetFile(ObjectFile(reader, url, ahead=AHEAD)).iter_batches(BATCH, columns=list(types))
         return
     with text(url, reader) as stream:
-        if ".csv" in url.lower():
+        if is_csv(url):
             convert = pyarrow.csv.ConvertOptions(
-                column_types=types, include_columns=list(types), strings_can_be_null=True
+                column_types=types, include_columns=list(types), null_values=[""], strings_can_be_null=True
             )
             options = pyarrow.csv.ReadOptions(column_names=names, use_threads=False)
             parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
@@ -140,6 +143,11 @@ def batches(
             yield from pyarrow.json.open_json(stream, parse_options=parse)
 
 
+def is_csv(url: str) -> bool:
+    return url.lower().endswith((".csv", ".csv.gz"))
+
+
 def text(url: str, reader: Reader) -> pa.NativeFile:
     """A text file, uncompressed."""
-    return pa.input_stream(ObjectFile(reader, url, ahead=AHEAD), compression="gzip" if url.endswith(".gz") else None)
+    compression = "gzip" if url.lower().endswith(".gz") else None
+    return pa.input_stream(ObjectFile(reader, url, ahead=AHEAD), compression=compression)

@@ -10,13 +10,16 @@ the same files, byte for byte.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.policy import Policy
@@ -26,6 +29,7 @@ SHARDS_WANTED = 100  # in a small run, so that all workers have work and progres
 SHARD_PIXELS = 1 << 30  # of all its images together, as a worker holds their masks until the shard is put: tens of MB
 SHARD_INPUT = 1 << 29  # pixels that the network sees: a few minutes of B0 on two cores
 BLOCK = 16  # images that are never parted, so that batches are full
+SHARDS_BEHIND = 64  # that wait to be written, while the next are sorted and cut
 PART_SHARDS = 1_000  # in one file, whose footer every worker reads
 DECODING = 16  # pixels decoded in the time in which the network does one of its input, roughly
 MASK_BYTES_PER_PIXEL = 0.015  # of a PNG mask, as `make demo` measures and prints
@@ -44,6 +48,15 @@ SCHEMA = pa.schema(
         pa.field("position", pa.int64(), metadata={"note": "of its first byte in a tar, its row in a Parquet file"}),
     ]
 )
+KEY = ["uri", "etag"]
+PARQUET: dict[str, Any] = {
+    "compression": {name: "zstd" if name in KEY else "none" for name in SCHEMA.names},
+    "use_dictionary": ["format", "file"],
+    "write_page_checksum": True,
+    "write_statistics": False,
+}
+MEASURES = ["bucket_h", "bucket_w", "places", "windows", "work", "mask_pixels"]  # of an image; see `shape_table`
+ROWS = pa.schema([*((name, pa.int64()) for name in MEASURES), *SCHEMA])
 SHAPES = "SELECT DISTINCT coalesce(width, 0) AS width, coalesce(height, 0) AS height FROM images"
 # an image whose header could not be read may be read all the same; one that is not in its file, or a file that is no
 # file of images to its end, may not
@@ -132,12 +145,15 @@ def make_plan(
     found = cut(ordered, math.gcd(BLOCK, size))
     while group := list(islice(found, 1)):
         parts.append(folder / f"part-{len(parts):05d}.parquet")
-        with pq.ParquetWriter(
-            parts[-1], SCHEMA, compression="zstd", write_page_checksum=True, write_statistics=False
-        ) as writer:
+        with pq.ParquetWriter(parts[-1], SCHEMA, **PARQUET) as writer, ThreadPoolExecutor(1) as behind:
+            writing: list[Future[None]] = []
             for shard in chain(group, islice(found, PART_SHARDS - 1)):
                 shards.append(describe(shard))
-                writer.write_table(shard.select(SCHEMA.names).cast(SCHEMA))
+                writing.append(behind.submit(writer.write_table, shard.select(SCHEMA.names)))
+                if len(writing) > SHARDS_BEHIND:
+                    writing.pop(0).result()
+            for one in writing:
+                one.result()
     return Plan(parts, shards)
 
 
@@ -172,7 +188,7 @@ def cut(ordered: pa.RecordBatchReader, block: int) -> Iterator[pa.Table]:
     cutter = Cutter(block)
     pending: list[pa.Table] = []
     for batch in ordered:
-        rows = cutter.once(pa.Table.from_batches([batch]))
+        rows = cutter.once(pa.Table.from_batches([batch]).cast(ROWS))
         edges = [0, *np.flatnonzero(cutter.begins(rows)).tolist(), len(rows)]
         for number, (start, stop) in enumerate(pairwise(edges)):
             if number and pending:
@@ -200,10 +216,11 @@ class Cutter:
 
     def once(self, rows: pa.Table) -> pa.Table:
         """The rows without those that repeat the one before, as when two runs have indexed the same."""
-        uris, etags = ([last, *rows[name].to_pylist()] for last, name in zip(self.last, ("uri", "etag"), strict=True))
-        self.last = uris[-1], etags[-1]
-        is_new = [pair[0] != pair[1] for pair in pairwise(zip(uris, etags, strict=True))]
-        return rows if all(is_new) else rows.filter(pa.array(is_new))
+        keys = rows.select(KEY)
+        before = pa.concat_tables([pa.table([self.last[:1], self.last[1:]], schema=keys.schema), keys])
+        self.last = before["uri"][-1].as_py(), before["etag"][-1].as_py()
+        is_new = pc.or_(*(pc.not_equal(rows[name], before[name].slice(0, len(rows))) for name in KEY))
+        return rows if pc.all(is_new).as_py() else rows.filter(is_new)
 
     def begins(self, rows: pa.Table) -> np.ndarray:
         """For each row, bool, whether it is the first of a shard."""

@@ -1,9 +1,9 @@
 """The resolution policy: which size an image has when the network sees it.
 
 Images of one size share a batch, so the sizes must be few. Scaling the short side and rounding the long one to a
-multiple of 32, of 64 where it is twice as long and of 128 where it is four times, puts a collection of thousands of
-shapes into a few dozen buckets without padding a pixel. Where no pixel may be scaled, an
-image is seen through windows of one size instead (`model.windows`).
+multiple of 32, of 64 where it is twice as long, of 128 where it is four times (and so on), puts a collection of
+thousands of shapes into a few dozen buckets without padding a pixel. Where no pixel may be scaled, an image is seen
+through windows of one size instead (`model.windows`).
 """
 
 import re

@@ -1,6 +1,7 @@
-"""Objects at any URI, read: the first bytes, a range, or all of them, and always of the version that was asked for.
+"""Objects at any URI, read: the first bytes, a range, or all of them, in the version that was asked for.
 
 A collection may lie in many places (a manifest says where), so this knows no root: each URI leads to its own store.
+Local files and S3 say with each read which version its bytes are; of other stores only the length is compared.
 """
 
 import io
@@ -15,9 +16,10 @@ from fsspec.utils import get_protocol
 
 from pipeline.config import StorageSettings
 from pipeline.s3 import Fetcher, Piece, fetcher
-from pipeline.storage import error_code, etag_of, local_etag, storage_options
+from pipeline.storage import ERRORS, error_code, etag_of, local_etag, regular_file, storage_options
 
 HEAD = 8 << 10  # bytes of the first read: enough for most images without an EXIF thumbnail or a colour profile
+ONE_FOR_ALL = ("file", "s3", "s3a", "http", "https")  # protocols whose every host and bucket one client reaches
 AHEAD = 256 << 10  # bytes of the next one, where that was not enough
 
 
@@ -54,6 +56,8 @@ class Reader:
         filesystem, sooner = self.store(uri)
         path = filesystem._strip_protocol(uri)
         if isinstance(filesystem, LocalFileSystem):
+            if not regular_file(path):  # reading a pipe or a device might never end
+                raise FileNotFoundError(path)
             with open(path, "rb") as file:
                 found = os.fstat(file.fileno())
                 file.seek(start)
@@ -83,18 +87,22 @@ class Reader:
     def store(self, uri: str) -> tuple[AbstractFileSystem, Fetcher | None]:
         """The file system of a URI, and what gets S3 objects sooner, where that can be."""
         protocol = get_protocol(uri)
+        place = protocol if protocol in ONE_FOR_ALL else "/".join(uri.split("/", 3)[:3])
         with self.opening:
-            if protocol not in self.stores:
+            if place not in self.stores:
                 try:
                     filesystem, _ = url_to_fs(uri, **storage_options(uri, self.settings))
-                except (ValueError, ImportError) as error:
+                except (ValueError, ImportError, TypeError) as error:
                     raise OSError(f"{protocol}://: {error}") from None
-                self.stores[protocol] = filesystem, fetcher(filesystem, self.settings.storage_option)
-            return self.stores[protocol]
+                self.stores[place] = filesystem, fetcher(filesystem, self.settings.storage_option)
+            return self.stores[place]
 
 
 class ObjectFile(io.RawIOBase):
-    """An object as a seekable file that fetches what is read, a block ahead, and keeps its beginning and one block."""
+    """An object as a seekable file that fetches what is read, a block ahead, and keeps its beginning and one block.
+
+    Those who parse what they read take any error for a sign of damage: `failure` is the store's, if it had one.
+    """
 
     def __init__(self, reader: Reader, uri: str, etag: str = "", head: int = HEAD, ahead: int = AHEAD):
         self.reader, self.uri, self.ahead = reader, uri, ahead
@@ -104,6 +112,7 @@ class ObjectFile(io.RawIOBase):
         self.etag, self.bytes = first.etag, first.bytes
         self.pieces = [(0, first.data), (0, b"")]
         self.position = 0
+        self.failure: Exception | None = None
 
     def read(self, count: int = -1) -> bytes:
         left = max(0, self.bytes - self.position)
@@ -113,11 +122,18 @@ class ObjectFile(io.RawIOBase):
                 break
         else:
             start = self.position
-            data = self.reader.get(self.uri, start, min(self.bytes, start + max(count, self.ahead)), self.etag).data
+            data = self.fetch(start, min(self.bytes, start + max(count, self.ahead)))
             self.pieces[1] = start, data
         found = data[self.position - start : self.position - start + count]
         self.position += len(found)
         return found
+
+    def fetch(self, start: int, end: int) -> bytes:
+        try:
+            return self.reader.get(self.uri, start, end, self.etag).data
+        except (*ERRORS, ChangedError) as error:
+            self.failure = error
+            raise
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)

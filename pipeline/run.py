@@ -144,6 +144,8 @@ def check_origin(run: Run, origin: Origin) -> None:
 def prepare(settings: SegmentSettings, run: Run, origin: Origin, listener: Listener) -> Contents | None:
     """What the run is to do: an existing plan as it is, or a new one; None when there is nothing new."""
     if not (contents := run.contents()):
+        if run.done():
+            raise ConfigurationError(f"run {run.id} is another version's, which can finish it; use another --run-id")
         with workspace() as space:
             plan = index_and_plan(settings, run.store, origin.model_version, space, listener)
             if not plan.shards:

@@ -53,7 +53,7 @@ class Fetcher:
     def fetch(self, path: str, start: int, end: int | None) -> Piece | None:
         """Bytes `start` to `end`, or to the last, of the object at "bucket/key"; None where s3fs should be asked."""
         bucket, _, key = path.partition("/")
-        if self.failures >= FAILURES:
+        if self.failures >= FAILURES or key != key.strip("/"):  # it would strip them too, and get another object
             return None
         try:
             if bucket not in self.stores:

@@ -56,7 +56,7 @@ class Store:
             self.filesystem, root = url_to_fs(url, **storage_options(url, settings))
         except (ValueError, ImportError, TypeError, BotoCoreError) as error:
             raise ConfigurationError(f"{self.url}: cannot be opened: {reason(error)}") from None
-        self.root = root.rstrip("/")
+        self.root = root.rstrip("/") or root[:1]
         self.settings = settings
 
     def path(self, name: str) -> str:

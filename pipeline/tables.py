@@ -1,7 +1,7 @@
-"""Tables that are larger than memory: a DuckDB on disk, which spills what it sorts and joins.
+"""Tables that are larger than memory: a DuckDB that spills what it holds, sorts and joins to disk.
 
-An index of a hundred million images is sorted and joined here within a gigabyte. It lives in a scratch folder and ends
-with the job; what is to be kept goes into the output.
+An index of a hundred million images is sorted and joined here within a gigabyte or two. It spills into a scratch folder
+and ends with the job; what is to be kept goes into the output.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import pyarrow.dataset
 
 from pipeline.storage import Store
 
-MEMORY = "1GB"  # of DuckDB's own buffers
+MEMORY = "700MB"  # of DuckDB's own buffers
 ROWS = 65_536  # of a batch on its way in
 
 
@@ -31,8 +31,9 @@ class Workspace:
 @contextlib.contextmanager
 def workspace() -> Iterator[Workspace]:
     """An empty workspace where temporary files go (TMPDIR)."""
-    with tempfile.TemporaryDirectory(prefix="swath-") as name, duckdb.connect(f"{name}/tables.duckdb") as tables:
+    with tempfile.TemporaryDirectory(prefix="swath-") as name, duckdb.connect() as tables:
         tables.execute(f"SET memory_limit = '{MEMORY}'")
+        tables.execute("SET temp_directory = '{}/spilled'".format(name.replace("'", "''")))
         tables.execute("SET preserve_insertion_order = false")
         yield Workspace(tables, Path(name))
 

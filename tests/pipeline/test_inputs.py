@@ -3,7 +3,9 @@
 import gzip
 import io
 import json
+import struct
 import tarfile
+import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -97,19 +99,18 @@ def test_a_column_of_images_is_found_by_its_name_or_by_the_one_that_is_given(col
 
 
 def test_files_of_images_lie_among_images(collection, tmp_path):
-    """img2dataset puts a Parquet file of URLs beside each tar: it holds no image, and is read once."""
+    """img2dataset puts a Parquet file of URLs beside each tar: it holds no image."""
     pack_tar(collection / "00000.tar", collection / "part 0", sidecars=False)
     pq.write_table(pa.table({"url": ["http://x"]}), collection / "00000.parquet")
     pack_parquet(collection / "more.parquet", collection / "part 1", hugging_face=True)
     found = update(collection, output=tmp_path / "out")
     assert len(found.images) == 12 + 4 + 4
-    assert update(collection, output=tmp_path / "out").index.opened == 0
+    assert found.index.skipped == {"a Parquet file without images": 1}
+    assert update(collection, output=tmp_path / "out").index.opened == 1  # which may have the column of another run
     draw_image(collection / "part 0/new.png", 20, 20)
     pack_tar(collection / "00000.tar", collection / "part 0", sidecars=False)
-    assert (
-        update(collection, output=tmp_path / "out").index.opened == 2
-    )  # the image, and the tar, which has another etag
-    assert len(update(collection, output=tmp_path / "out").images) == 13 + 5 + 4
+    again = update(collection, output=tmp_path / "out")
+    assert (again.index.opened, len(again.images)) == (3, 13 + 5 + 4)  # the image too, and the tar, which changed
 
 
 def test_patterns_choose_among_members_too(collection, tmp_path):
@@ -140,7 +141,7 @@ def test_what_is_wrong_with_a_file_of_images_is_a_row_and_loses_no_other(collect
     assert "cut off at byte" in errors.pop("cut.tar")
     assert "not a tar" in errors.pop("text.tar")
     assert "not a tar" in errors.pop("empty.tar")
-    assert "not a Parquet file" in errors.pop("text.parquet")
+    assert "not a parquet file" in errors.pop("text.parquet")
     assert "damaged" in errors.pop("damaged.tar")
     assert "no image bytes" in errors.pop("odd.parquet#000000001")
     assert all("empty" in errors.pop(f"odd.parquet#00000000{n}") or True for n in (0, 2))
@@ -148,6 +149,54 @@ def test_what_is_wrong_with_a_file_of_images_is_a_row_and_loses_no_other(collect
     assert sum(row["uri"].startswith(f"file://{tmp_path}/in/ended.tar#") for row in found.images) == 15
     assert all("\n" not in error for error in errors.values())
     assert update(tmp_path / "in", output=tmp_path / "out").index.opened == 0
+
+
+def test_what_is_hostile_in_a_file_of_images_costs_only_itself(collection, tmp_path):
+    (tmp_path / "in").mkdir()
+    png = bytearray((collection / "part 1/image-01.png").read_bytes())
+    png[16:20] = b"\xff" * 4  # its width
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    (tmp_path / "in/wide.png").write_bytes(png)
+    (tmp_path / "in/short.webp").write_bytes(b"RIFF\x20\0\0\0WEBPVP8X")
+    member = tarfile.TarInfo("x.jpg").tobuf()
+    negative = member[:124] + b"\xff" * 10 + b"\xfe\0" + member[136:]  # a size of -512
+    (tmp_path / "in/endless.tar").write_bytes(with_checksum(negative) + bytes(1024))
+    parquet = pack_parquet(tmp_path / "x.parquet", collection, False)
+    page = pq.read_metadata(parquet).row_group(0).column(1).data_page_offset
+    damaged = bytearray(parquet.read_bytes())
+    damaged[page : page + 20] = b"x" * 20
+    (tmp_path / "in/page.parquet").write_bytes(damaged)
+    pq.write_table(pa.table([[b"a"], [b"b"]], names=["image", "image"]), tmp_path / "in/two.parquet")
+    with tarfile.open(tmp_path / "in/links.tar", "w") as tar:
+        tar.add(collection / "part 1/image-01.png", arcname="a.png")
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        tar.addfile(link)
+    found = update(tmp_path / "in", output=tmp_path / "out")
+    errors = {row["uri"].rpartition("/in/")[2]: row["error"] for row in found.images}
+    assert errors.pop("links.tar#a.png") is None
+    assert set(errors) == {"wide.png", "short.webp", "endless.tar", "page.parquet"}
+    assert all(errors.values())
+    assert found.index.skipped == {"a Parquet file without images": 1, "a link or the like in a tar": 1}
+
+
+def with_checksum(header: bytes) -> bytes:
+    """A tar header whose checksum is right."""
+    total = sum(header[:148]) + 8 * 32 + sum(header[156:])
+    return header[:148] + b"%06o\0 " % total + header[156:]
+
+
+def test_a_file_of_images_that_is_gone_is_a_row(collection, tmp_path):
+    uris = [str(collection / "part 1/image-01.png"), str(tmp_path / "gone.tar"), "foo://x/y.jpg"]
+    (tmp_path / "list.csv").write_text("\n".join(["url", *uris]))
+    for opened in (3, 2):  # what could not be opened is tried again, and stops nothing
+        found = update(tmp_path / "list.csv", output=tmp_path / "out")
+        assert found.index.opened == opened
+        rows = {row["uri"].rpartition("/")[2]: row for row in found.images}
+        assert rows["gone.tar"]["format"] == "tar"
+        assert "is gone" in rows["gone.tar"]["error"]
+        assert (rows["y.jpg"]["etag"], rows["y.jpg"]["error"]) == ("", None)
+        assert rows["image-01.png"]["width"]
 
 
 def test_a_name_that_a_tar_has_twice_is_the_last_one(collection, tmp_path):
@@ -233,8 +282,9 @@ def test_a_manifest_with_etags_tells_what_changed(collection, tmp_path):
     assert update(collection, output=tmp_path / "out").index.opened == 0
 
 
-def test_a_manifest_with_a_password_stops_with_one_line(tmp_path):
-    (tmp_path / "list.csv").write_text("url\nhttps://me:TOPSECRET@host/x.jpg\n")
+@pytest.mark.parametrize("uri", ["https://me:TOPSECRET@host/x.jpg", "https://host/x.jpg?X-Amz-Signature=TOPSECRET"])
+def test_a_manifest_with_a_password_stops_with_one_line(tmp_path, uri):
+    (tmp_path / "list.csv").write_text(f"url\n{uri}\n")
     with pytest.raises(ConfigurationError, match="credentials") as caught:
         update(tmp_path / "list.csv", output=tmp_path / "out")
     assert "TOPSECRET" not in str(caught.value)

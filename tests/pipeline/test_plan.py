@@ -89,10 +89,13 @@ def test_where_a_batch_of_rows_ends_changes_nothing(rows):
             "bucket_h": bucket,
             "bucket_w": bucket,
             "places": rng.integers(SHARD_PIXELS // 100, SHARD_PIXELS // 10, 1000),
+            **dict.fromkeys(("windows", "work", "mask_pixels", "bytes"), np.ones(1000, int)),
+            **dict.fromkeys(plan.SCHEMA.names[3:], pa.nulls(1000)),
             "uri": [f"{number:04d}" for number in range(1000)],
             "etag": ["e"] * 1000,
         }
     )
+    table = table.select(plan.ROWS.names)
     whole = [shard["uri"].to_pylist() for shard in plan.cut(table.to_reader(1000), 16)]
     assert [shard["uri"].to_pylist() for shard in plan.cut(table.to_reader(rows), 16)] == whole
     assert [uri for shard in whole for uri in shard] == table["uri"].to_pylist()
