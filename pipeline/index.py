@@ -22,7 +22,7 @@ from pipeline.decode import DecodeError, read_header
 from pipeline.inputs import list_inputs, nothing_found, why_not
 from pipeline.reader import HEAD, ChangedError, ObjectFile, Reader
 from pipeline.storage import ERRORS, Store, reason
-from pipeline.tables import stored
+from pipeline.tables import make_room, stored
 
 REQUESTS = 32  # in flight in each process, where nothing else is said
 CHUNK = 2_048  # objects between two progress reports
@@ -104,6 +104,7 @@ def update_index(
     cannot be listed or read, or holds no image.
     """
     skipped = list_inputs(tables, settings, output, progress.listing)
+    make_room(tables, count(tables, "listing"))
     has_etags = not tables.execute("SELECT bool_or(etag IS NULL) FROM listing").fetchall()[0][0]
     if not has_etags:  # such an object is taken for the one that is known
         join(FILL, tables, output)

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.policy import Policy
+from pipeline.tables import make_room
 
 SHARD_IMAGES = (64, 1024)  # the least and the most by default; multiples of all usual batches
 SHARDS_WANTED = 100  # in a small run, so that all workers have work and progress is seen
@@ -136,6 +137,7 @@ def make_plan(
     pixels and those of its input. One of more than `max_pixels` has no mask.
     """
     total = tables.table("images").count("*").fetchall()[0][0]
+    make_room(tables, total)
     size = shard_images or shard_size(total)
     shapes = tables.sql(SHAPES).to_arrow_table()
     tables.register("shapes", shape_table(shapes, policy, size, max_pixels))
@@ -167,10 +169,11 @@ def shape_table(shapes: pa.Table, policy: Policy, size: int, max_pixels: int) ->
     """What an image of each shape (width and height, 0 where they are not known) means to the plan."""
     heights, widths = (shapes[side].to_numpy().astype(np.int64) for side in ("height", "width"))
     known = (heights > 0) & (widths > 0)
-    bucket_h, bucket_w = policy.sizes(np.where(known, heights, 1), np.where(known, widths, 1))
-    bucket_h, bucket_w = np.where(known, bucket_h, 0), np.where(known, bucket_w, 0)
-    windows = policy.windows(np.where(known, heights, 1), np.where(known, widths, 1))
-    pixels, inputs = heights * widths, windows * bucket_h * bucket_w
+    sides = np.where(known, heights, 1), np.where(known, widths, 1)
+    bucket_h, bucket_w = (np.where(known, side, 0) for side in policy.sizes(*sides))
+    pixels = np.where(heights * widths <= max_pixels, heights * widths, 0)  # that will be decoded
+    windows = np.where(pixels > 0, policy.windows(*sides), 1)
+    inputs = np.where(pixels > 0, windows * bucket_h * bucket_w, 0)
     places = np.maximum(pixels, inputs * (SHARD_PIXELS // SHARD_INPUT))
     columns = {
         "bucket_h": bucket_h,
@@ -178,7 +181,7 @@ def shape_table(shapes: pa.Table, policy: Policy, size: int, max_pixels: int) ->
         "places": places.clip(-(-SHARD_PIXELS // size), SHARD_PIXELS),  # of the SHARD_PIXELS that a shard has
         "windows": windows,
         "work": inputs + pixels // DECODING,
-        "mask_pixels": np.where(pixels <= max_pixels, pixels, 0),
+        "mask_pixels": pixels,
     }
     return pa.table({"width": shapes["width"], "height": shapes["height"], **columns})
 

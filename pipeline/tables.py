@@ -16,7 +16,8 @@ import pyarrow.dataset
 
 from pipeline.storage import Store
 
-MEMORY = "700MB"  # of DuckDB's own buffers
+MEMORY = 700  # MB of DuckDB's own buffers, and so many more for a million rows: a sort has a block of each of its runs
+MEMORY_A_MILLION = 15
 ROWS = 65_536  # of a batch on its way in
 
 
@@ -32,10 +33,15 @@ class Workspace:
 def workspace() -> Iterator[Workspace]:
     """An empty workspace where temporary files go (TMPDIR)."""
     with tempfile.TemporaryDirectory(prefix="swath-") as name, duckdb.connect() as tables:
-        tables.execute(f"SET memory_limit = '{MEMORY}'")
+        make_room(tables, 0)
         tables.execute("SET temp_directory = '{}/spilled'".format(name.replace("'", "''")))
         tables.execute("SET preserve_insertion_order = false")
         yield Workspace(tables, Path(name))
+
+
+def make_room(tables: duckdb.DuckDBPyConnection, rows: int) -> None:
+    """Allow as much memory as it takes to sort and join so many rows."""
+    tables.execute(f"SET memory_limit = '{MEMORY + MEMORY_A_MILLION * rows // 1_000_000}MB'")
 
 
 def stored(output: Store, names: list[str], schema: pa.Schema) -> pa.RecordBatchReader:

@@ -25,7 +25,7 @@ from pipeline.index import IMAGES, join
 from pipeline.plan import Origin, make_plan, planned_images, summarise
 from pipeline.policy import parse_policy
 from pipeline.storage import Store
-from pipeline.tables import workspace
+from pipeline.tables import make_room, workspace
 
 PART = 5_000_000  # rows of the index that are made at once
 BATCHES = (1, 16, 64)  # images of 512x512
@@ -66,6 +66,7 @@ def main() -> None:
         with workspace() as space:
             tables = space.tables
             tables.execute(f"CREATE TABLE listing AS SELECT uri, etag, bytes, 'image' AS kind, 19 AS root FROM {parts}")
+            make_room(tables, options.images)
             forget_peak()
             started = time.perf_counter()
             join(IMAGES, tables, output)

@@ -149,6 +149,24 @@ def test_bad_images_are_outcomes_and_hold_nothing(tmp_path):
     assert road.gate.held == 0
 
 
+def test_settings_of_decoding_reach_the_decoder_and_masks_keep_the_images_size(tmp_path):
+    whole, cut = draw(tmp_path, 2, 400, 300, "jpg")
+    path = Path(cut.uri.removeprefix("file://"))
+    path.write_bytes(path.read_bytes()[: cut.bytes // 2])
+    entry = next(entry for _, entry in Store(str(tmp_path), config(tmp_path)).listing() if entry.uri == cut.uri)
+    images = [whole, PlannedImage(cut.uri, entry.etag, entry.bytes, "jpeg", 400, 300)]
+    found = {}
+    for options in ({}, {"allow_truncated": True, "scaled_decoding": True}):
+        settings, device = config(tmp_path, **options), Brightness()
+        road = Road(Images(Reader(settings), None), device, LABELS, settings, 2, 1 << 30)
+        found[len(options)] = outcomes(road, images)
+        road.close()
+    assert [outcome.status for outcome in found[0]] == ["ok", "unreadable"]
+    assert [outcome.status for outcome in found[2]] == ["ok", "ok"]
+    for outcome in found[2]:
+        assert decode_mask(outcome.mask).shape == (outcome.height, outcome.width) == (300, 400)
+
+
 def test_a_device_that_fails_fails_the_shard_and_not_the_next(tmp_path):
     class Failing(Brightness):
         def __call__(self, images: np.ndarray, sizes: list[tuple[int, int]]) -> list[Segmentation]:
