@@ -119,6 +119,9 @@ def update_index(
         tables.create_function("is_chosen", lambda name: not why_not(name, "image", settings), ["VARCHAR"], "BOOLEAN")
         tables.execute(CHOSEN)
     tables.execute(UNREAD)
+    tables.execute(
+        "DROP TABLE listing; DROP TABLE unknown; DROP TABLE opened"
+    )  # the plan wants their place on the disk
     if not (found := count(tables, "images")):
         raise ConfigurationError(nothing_found(settings, skipped))
     return Index(found, skipped, images + files)

@@ -70,6 +70,7 @@ def main() -> None:
             forget_peak()
             started = time.perf_counter()
             join(IMAGES, tables, output)
+            tables.execute("DROP TABLE listing")
             seconds["join"] = time.perf_counter() - started
             leave_out(tables, output, claimed(output, "v")[0])
             seconds["leave out"] = time.perf_counter() - started - seconds["join"]
