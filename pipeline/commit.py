@@ -95,8 +95,12 @@ class Run:
 
     def shard_totals(self, shard: int) -> Totals:
         """Raises FileNotFoundError when the shard is not there."""
+        return Totals(**json.loads(self.open_shard(shard).metadata.metadata[SUMMARY_KEY]))
+
+    def open_shard(self, shard: int) -> pq.ParquetFile:
+        """A shard's rows, of which only the columns that are asked for are read. Raises FileNotFoundError."""
         source = self.store.arrow().open_input_file(self.store.path(self.shard_name(shard)))
-        return Totals(**json.loads(pq.read_metadata(source).metadata[SUMMARY_KEY]))
+        return pq.ParquetFile(source, page_checksum_verification=True)
 
     def record(self) -> dict[str, Any] | None:
         """The run record, or None while the run is not complete."""

@@ -19,11 +19,14 @@ class Totals:
     pixels: int = 0  # of the masks
     engines: dict[str, int] = field(default_factory=dict)  # images that the network saw, by engine and precision
     batches: int = 0
+    halvings: int = 0  # of batches that were too large for the device's memory
+    quarantined: int = 0  # shards that were done apart, as they had ended their workers
     stage_seconds: dict[str, float] = field(default_factory=dict)  # at work, summed over threads
     starved_seconds: dict[str, float] = field(default_factory=dict)  # the same, waiting for something to do
     blocked_seconds: dict[str, float] = field(default_factory=dict)  # the same, waiting for the next stage to take it
     class_pixels: dict[str, int] = field(default_factory=dict)  # by class name
     class_images: dict[str, int] = field(default_factory=dict)  # images that have the class
+    reasons: dict[str, int] = field(default_factory=dict)  # images without a mask, by status and why
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
