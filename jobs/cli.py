@@ -70,8 +70,8 @@ def explain(error: Exception) -> tuple[int, str] | None:
     import pyarrow as pa
 
     from model.checkpoint import CheckpointError
+    from pipeline.attempts import ERRORS, reason
     from pipeline.run import IncompleteRunError
-    from pipeline.storage import ERRORS, reason
 
     if isinstance(error, CheckpointError):
         return 2, f"error: {error}"

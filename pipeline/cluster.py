@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
+from pipeline.attempts import reason
 from pipeline.config import ConfigurationError, IndexSettings, SegmentSettings, worker_range
-from pipeline.storage import reason
 
 CPUS = 4  # of a worker without a GPU: more of them in one process get into each other's way in Python
 IMAGE_MEMORY = (256 << 20, 4 << 30)  # bytes: the least and the most by default

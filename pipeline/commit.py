@@ -99,8 +99,7 @@ class Run:
 
     def open_shard(self, shard: int) -> pq.ParquetFile:
         """A shard's rows, of which only the columns that are asked for are read. Raises FileNotFoundError."""
-        source = self.store.arrow().open_input_file(self.store.path(self.shard_name(shard)))
-        return pq.ParquetFile(source, page_checksum_verification=True)
+        return pq.ParquetFile(self.store.open(self.shard_name(shard)), page_checksum_verification=True)
 
     def record(self) -> dict[str, Any] | None:
         """The run record, or None while the run is not complete."""
@@ -118,7 +117,7 @@ class Run:
 
 
 class PlanFiles:
-    """The images of each shard of a run, whose files are opened as they are needed. Many threads may use it."""
+    """The images of each shard of a run, whose files are read whole as they are needed. Many threads may use it."""
 
     def __init__(self, run: Run):
         contents = run.contents()
@@ -132,8 +131,8 @@ class PlanFiles:
         part, group = divmod(shard, PART_SHARDS)
         with self.lock:
             if not self.opened or self.opened[0] != part:
-                path = self.store.path(self.contents.parts[part])
-                self.opened = part, pq.ParquetFile(self.store.arrow().open_input_file(path))
+                source = pa.BufferReader(self.store.read(self.contents.parts[part]))
+                self.opened = part, pq.ParquetFile(source, page_checksum_verification=True)
             return planned_images(self.opened[1].read_row_group(group))
 
 

@@ -44,6 +44,20 @@ class StorageSettings(BaseModel):
         {}, "any other fsspec option, as PROTOCOL.KEY=VALUE (gs.token=anon); repeatable", "Storage", "OPTION"
     )
 
+    retry_seconds: float = option(
+        120,
+        "how long what the store fails to do is tried again, with growing pauses, before it is given up",
+        "Storage",
+        "N",
+    )
+
+    @field_validator("retry_seconds")
+    @classmethod
+    def _not_negative(cls, value: float) -> float:
+        if not 0 <= value <= 86400:
+            raise ValueError("must be from 0 to 86400")
+        return value
+
     @field_validator("storage_option", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:

@@ -16,12 +16,13 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.attempts import ERRORS, reason
 from pipeline.config import ConfigurationError, IndexSettings
 from pipeline.containers import ContainerError, NoImagesError, kind_of, members
 from pipeline.decode import DecodeError, read_header
 from pipeline.inputs import list_inputs, nothing_found, why_not
 from pipeline.reader import HEAD, ChangedError, ObjectFile, Reader
-from pipeline.storage import ERRORS, Store, reason
+from pipeline.storage import Store
 from pipeline.tables import make_room, stored
 
 REQUESTS = 32  # in flight in each process, where nothing else is said
@@ -252,7 +253,7 @@ def add_part(output: Store, tables: list[pa.Table]) -> None:
     if not len(table):
         return
     buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     number = len(output.names("index"))
     while True:
         try:

@@ -31,6 +31,8 @@ import numpy as np
 from model.labels import LabelSet
 from model.predictor import Predictor, use_threads
 from model.segmentation import Segmentation
+from pipeline import attempts
+from pipeline.attempts import CREDENTIALS, ERRORS, error_code, reason
 from pipeline.config import SegmentSettings
 from pipeline.containers import ContainerError, Images
 from pipeline.decode import DecodeError, decode, resize
@@ -40,9 +42,7 @@ from pipeline.policy import parse_policy
 from pipeline.reader import ChangedError
 from pipeline.schema import Outcome
 from pipeline.stages import Clock, Gate, Stage
-from pipeline.storage import CREDENTIALS, ERRORS, error_code, reason
 
-FETCH_ATTEMPTS = 3
 FEWEST_REQUESTS, MOST_REQUESTS = 8, 128  # in flight: at first, and as many as the store's latency may make of them
 SUITED_EVERY = 32  # images
 SPARE = 2  # times the requests that are wanted at the mean latency
@@ -151,7 +151,7 @@ class Road:
         self.batch_pixels = settings.batch_pixels or predictor.batch_pixels
         self.gate, self.decoder = Gate(memory // 2), Gate(memory // 2)
         self.largest, self.largest_unplanned, self.activations = Load(0, 0), 0, 0  # so far, for `bound`
-        self.fed = self.retries = self.retries_seen = 0
+        self.fed, self.retries_seen = 0, attempts.retries.total()
         self.shards: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
         pool, requests = max(2, threads), settings.requests or FEWEST_REQUESTS
         enter_lane, lanes = predictor.enter_lane, predictor.lanes
@@ -207,7 +207,8 @@ class Road:
 
     def suit(self) -> None:
         """Have as many requests in flight as the store's latency wants, so that fetching does not bound the rest."""
-        held_back, self.retries_seen = self.retries > self.retries_seen, self.retries
+        retries = attempts.retries.total()
+        held_back, self.retries_seen = retries > self.retries_seen, retries
         latency, encoded = self.fetching.seconds_each(), self.encoding.clock.count["encode"]
         if held_back or not latency or not encoded:  # a store that is asked again has too many requests as it is
             return
@@ -255,7 +256,7 @@ class Road:
             item.outcome = Outcome("too_large", f"{image.width}x{image.height} is over --max-pixels {limit:,}")
             return
         try:
-            item.data = self.read(image)
+            item.data = self.source.fetch(image)
         except FileNotFoundError:
             item.outcome = Outcome("missing", "the object is gone since it was indexed")
         except ChangedError:
@@ -269,18 +270,6 @@ class Road:
             item.outcome = Outcome("failed", reason(error))
         else:
             item.job.fetched = True
-
-    def read(self, image: PlannedImage) -> bytes:
-        """The image's bytes; a store that fails is asked again."""
-        for attempt in range(FETCH_ATTEMPTS - 1):
-            try:
-                return self.source.fetch(image)
-            except (FileNotFoundError, PermissionError):
-                raise
-            except ERRORS:
-                self.retries += 1
-                time.sleep(2**attempt)
-        return self.source.fetch(image)
 
     def decode(self, item: Item) -> None:
         """Bytes to pixels at the size that the network wants."""

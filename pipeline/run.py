@@ -20,10 +20,12 @@ from typing import Any, Protocol
 import ray
 import ray.exceptions
 import torch
+from fsspec.utils import get_protocol
 
-from model.checkpoint import Checkpoint, load_checkpoint, model_version
+from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, model_version
 from model.predictor import EngineError, choose_engine
 from pipeline import schema
+from pipeline.attempts import agreed
 from pipeline.cluster import (
     FAILED_SHARDS,
     TASK_RETRIES,
@@ -36,13 +38,14 @@ from pipeline.cluster import (
 )
 from pipeline.commit import Contents, Run, claimed, leave_out, unfinished
 from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
+from pipeline.filesystems import public_url, storage_options
 from pipeline.index import update_index
 from pipeline.inputs import summary
 from pipeline.metrics import start_hub
 from pipeline.plan import Origin, Plan, make_plan, most_work_first
 from pipeline.policy import parse_policy
 from pipeline.segment import SHARDS_AHEAD, Job, Segmenter
-from pipeline.storage import Store, public_url, storage_options
+from pipeline.storage import Store
 from pipeline.tables import Workspace, workspace
 from pipeline.totals import Totals, add
 
@@ -115,7 +118,23 @@ def check_engine(settings: SegmentSettings, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(settings: PlanSettings) -> Checkpoint:
-    return load_checkpoint(settings.checkpoint, storage_options(settings.checkpoint, settings))
+    """The network. What comes from S3 may come damaged: it is read until two readings agree, or fail, alike."""
+
+    def read() -> Checkpoint | CheckpointError:
+        try:
+            # not the file system of others, which does not try again by itself
+            options = storage_options(settings.checkpoint, settings) | {"skip_instance_cache": True}
+            return load_checkpoint(settings.checkpoint, options)
+        except CheckpointError as error:
+            return error
+
+    def told(found: Checkpoint | CheckpointError) -> str:
+        return str(found) if isinstance(found, CheckpointError) else found.digest
+
+    found = agreed(read, told) if get_protocol(settings.checkpoint) in ("s3", "s3a") else read()
+    if isinstance(found, CheckpointError):
+        raise found
+    return found
 
 
 def find_run(settings: SegmentSettings, output: Store, origin: Origin, listener: Listener) -> Run:

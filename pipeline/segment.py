@@ -17,6 +17,7 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.predictor import Predictor
+from pipeline.attempts import ERRORS, reason
 from pipeline.commit import PlanFiles, Run
 from pipeline.config import SegmentSettings
 from pipeline.containers import Images
@@ -25,7 +26,7 @@ from pipeline.reader import Reader
 from pipeline.road import Road, Shard
 from pipeline.schema import SUMMARY_KEY, Outcome, encode_shard, row
 from pipeline.stages import STATES
-from pipeline.storage import ERRORS, Store, reason
+from pipeline.storage import Store
 from pipeline.totals import Totals
 
 SHARDS_AHEAD = 3  # given to a worker at once: one that is fed, one that drains, one that is put
