@@ -18,6 +18,7 @@ from botocore.exceptions import (
     NoCredentialsError,
     ResponseStreamingError,
 )
+from botocore.exceptions import ConnectionError as ConnectingError
 from botocore.parsers import ResponseParserError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
@@ -80,7 +81,7 @@ def cause(error: BaseException) -> str | None:
         return "timeout"
     if isinstance(error, aiohttp.ClientResponseError):
         return cause_of_reply("", error.status)
-    passing = (HTTPClientError, ResponseStreamingError, IncompleteReadError, ResponseParserError)
+    passing = (HTTPClientError, ConnectingError, ResponseStreamingError, IncompleteReadError, ResponseParserError)
     if isinstance(error, (*passing, aiohttp.ClientError, ConnectionError)):
         return "timeout" if "timeout" in type(error).__name__.lower() else "connection"
     return None

@@ -71,7 +71,8 @@ class Fetcher:
             piece = Piece(bytes(found.bytes()), (found.meta["e_tag"] or "").strip('"'), found.meta["size"])
         except GenericError as error:  # of the connection or the server, or of what this client does not know
             self.failures += 1
-            raise PassingError(cause_of(str(error)), f"{bucket}/{key}: {str(error).splitlines()[0]}") from None
+            words = str(error).splitlines()[0]  # behind it are the client's settings
+            raise PassingError(cause_of(words), f"{bucket}/{key}: {words}") from None
         except (BaseError, ValueError):  # missing, denied, or a key that it does not take
             pass
         else:
@@ -101,7 +102,7 @@ def cause_of(words: str) -> str:
     """Which of `attempts.CAUSES` obstore's words mean."""
     if found := STATUS.search(words):
         return cause_of_reply("", int(found[1])) or "server"
-    return "timeout" if "timed out" in words or "timeout" in words else "connection"
+    return "timeout" if "timed out" in words else "connection"
 
 
 def fetcher(filesystem: Any, options: dict[str, Any]) -> Fetcher | None:
