@@ -5,10 +5,13 @@
     segments/run=<run_id>/shard-<n>.parquet     one whole object each, under a name that the plan determines
     runs/<run_id>/run.json                      the commit, put once when every shard is there
 
-Resuming is listing what is there and doing the rest: a shard is never half there, and never there twice.
+Resuming is listing what is there and doing the rest: a shard is never half there, and never there twice. Everything is
+sealed, each file by what was put after it or by itself, so that `swath verify` can prove every bit of it.
 """
 
+import hashlib
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,6 +30,7 @@ from pipeline.totals import Totals
 
 CLAIMED = pa.schema([PLAN_SCHEMA.field("uri"), PLAN_SCHEMA.field("etag")])
 DIGEST = 16  # characters of a plan's digest that its files' names have
+SHARD = re.compile(r"shard-(\d{6,})\.parquet")
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,14 @@ class Run:
         lists = {name: tuple(found["origin"][name]) for name in ("input", "include", "exclude")}
         return Contents(**found | {"origin": Origin(**found["origin"] | lists)})
 
+    def plan_digest(self) -> str:
+        """SHA-256 of `plan.json`, for the record."""
+        return hashlib.sha256(self.store.read(self.plan_name)).hexdigest()
+
     def done(self) -> list[int]:
         """The shards that are there, in order."""
-        names = [name for name in self.store.names(self.folder) if name.startswith("shard-")]
-        return sorted(int(name.removeprefix("shard-").removesuffix(".parquet")) for name in names)
+        found = map(SHARD.fullmatch, self.store.names(self.folder))
+        return sorted(int(match[1]) for match in found if match)
 
     def put_shard(self, shard: int, data: bytes) -> None:
         self.store.put(self.shard_name(shard), data)

@@ -41,6 +41,7 @@ from pipeline.inputs import summary
 from pipeline.metrics import start_hub
 from pipeline.plan import Origin, Plan, make_plan, most_work_first
 from pipeline.policy import parse_policy
+from pipeline.seal import sealed
 from pipeline.segment import SHARDS_AHEAD, Job, Segmenter
 from pipeline.storage import Store, public_url, storage_options
 from pipeline.tables import Workspace, workspace
@@ -286,9 +287,11 @@ def commit(
         **asdict(totals),
         "busy_shares": {stage: round(share, 4) for stage, share in totals.busy_shares().items()},
         "files": [run.shard_name(shard) for shard in shards],
+        "plan_sha256": run.plan_digest(),
         "versions": {"python": platform.python_version()}
         | {name: installed(name) for name in ("swath", "ray", "torch", "pyarrow")},
     }
+    record = sealed(record)
     run.commit(record)
     return record
 
