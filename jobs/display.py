@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 PLAIN_EVERY = 5.0  # seconds between two lines where there is no terminal
+REASONS_SHOWN = 8
 
 
 class Display:
@@ -92,6 +94,7 @@ def print_record(record: dict[str, Any], output: str) -> None:
     for status, images in sorted(record["statuses"].items(), key=lambda item: -item[1]):
         table.add_row(status, f"{images:,}", f"{images / record['images']:.1%}")
     console.print(table)
+    print_reasons(console, record["reasons"])
     seconds, before = record["seconds"], record["shards_done_before"]
     pace = f"{record['images'] / max(seconds, 1e-9):,.1f} images/s" if not before else f"{before:,} shards done before"
     read, written = size(record["input_bytes"]), size(record["output_bytes"])
@@ -115,6 +118,18 @@ def print_record(record: dict[str, Any], output: str) -> None:
     if (protocol := segments.partition("://")[0]) != segments:
         console.print(f"first    duckdb.register_filesystem(fsspec.filesystem({protocol!r}))  (in Python)")
     console.print(f"query    {escape(example_query(segments))}")
+
+
+def print_reasons(console: Console, reasons: Mapping[str, int]) -> None:
+    """Why there are images without a mask: the most frequent reasons, if there are any."""
+    found = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    if not found:
+        return
+    console.print()
+    for reason, images in found[:REASONS_SHOWN]:
+        console.print(f"{images:>8,}  {escape(reason)}")
+    if rest := found[REASONS_SHOWN:]:
+        console.print(f"{sum(images for _, images in rest):>8,}  for {len(rest)} other reasons")
 
 
 def example_query(segments: str) -> str:
