@@ -21,6 +21,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config import ConfigurationError, StorageSettings
 from pipeline.plan import PART_SHARDS, Origin, Plan, PlannedImage, planned_images
 from pipeline.plan import SCHEMA as PLAN_SCHEMA
 from pipeline.schema import SUMMARY_KEY
@@ -30,6 +31,7 @@ from pipeline.totals import Totals
 
 CLAIMED = pa.schema([PLAN_SCHEMA.field("uri"), PLAN_SCHEMA.field("etag")])
 DIGEST = 16  # characters of a plan's digest that its files' names have
+RUNS_NAMED = 5  # where one is not found
 SHARD = re.compile(r"shard-(\d{6,})\.parquet")
 
 
@@ -49,6 +51,10 @@ class Run:
 
     store: Store
     id: str
+
+    @property
+    def url(self) -> str:
+        return f"{self.store.url.rstrip('/')}/runs/{self.id}"
 
     @property
     def plan_name(self) -> str:
@@ -143,6 +149,23 @@ class PlanFiles:
                 path = self.store.path(self.contents.parts[part])
                 self.opened = part, pq.ParquetFile(self.store.arrow().open_input_file(path))
             return planned_images(self.opened[1].read_row_group(group))
+
+
+def choose(url: str, settings: StorageSettings) -> Run:
+    """The run at OUTPUT/runs/ID, or in OUTPUT the one that was begun last. Raises `ConfigurationError`."""
+    output = Store(url, settings)
+    if found := runs(output):
+        return max(found, key=lambda run: (output.changed(run.plan_name), run.id))
+    folder, _, run_id = url.rstrip("/").rpartition("/")
+    if not folder.endswith("/runs"):
+        raise ConfigurationError(f"{output.url}: no run is here; give OUTPUT/runs/ID, or OUTPUT for its newest run")
+    found = runs(Store(folder.removesuffix("/runs") or "/", settings))
+    for run in found:
+        if run.id == run_id:
+            return run
+    known = ", ".join(run.id for run in found[-RUNS_NAMED:]) or "none"
+    more = f" and {len(found) - RUNS_NAMED:,} more" if len(found) > RUNS_NAMED else ""
+    raise ConfigurationError(f"{output.url}: no such run; there are: {known}{more}")
 
 
 def runs(output: Store) -> list[Run]:
