@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from jobs import demo, index, plan, segment, status
+from jobs import demo, index, plan, segment, status, verify
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
 
-JOBS = {"segment": segment, "index": index, "plan": plan, "status": status, "demo": demo}
+JOBS = {"segment": segment, "index": index, "plan": plan, "status": status, "verify": verify, "demo": demo}
 EPILOGUE = """\
 Exit codes: 0 done, 1 the store or some shards failed (run again to go on), 2 a setting, the input or the checkpoint
 cannot be used, 130 interrupted by Ctrl-C or SIGTERM (run again to go on).
