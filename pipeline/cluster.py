@@ -15,7 +15,7 @@ import ray
 import ray.exceptions
 
 from pipeline.attempts import reason
-from pipeline.config import ConfigurationError, IndexSettings, SegmentSettings, worker_range
+from pipeline.config import ClusterSettings, ConfigurationError, WorkerSettings, worker_range
 
 CPUS = 4  # of a worker without a GPU: more of them in one process get into each other's way in Python
 IMAGE_MEMORY = (256 << 20, 4 << 30)  # bytes: the least and the most by default
@@ -27,7 +27,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def check_network(settings: SegmentSettings) -> None:
+def check_network(settings: WorkerSettings) -> None:
     """Raise `ConfigurationError` at once for what would fail later: Ray itself looks for a cluster for minutes."""
     address = ray_address(settings) or ""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -45,12 +45,12 @@ def check_network(settings: SegmentSettings) -> None:
         ) from None
 
 
-def ray_address(settings: IndexSettings) -> str | None:
+def ray_address(settings: ClusterSettings) -> str | None:
     return settings.ray_address or os.environ.get("RAY_ADDRESS")
 
 
 @contextlib.contextmanager
-def ray_session(settings: IndexSettings) -> Iterator[None]:
+def ray_session(settings: ClusterSettings) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray that ends with the block; quiet, as the listener speaks."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray.data  # noqa: PLC0415  (takes a second, for which a run that finds nothing to do need not wait)
@@ -80,7 +80,7 @@ def ray_session(settings: IndexSettings) -> Iterator[None]:
             ray.shutdown()
 
 
-def spread(settings: IndexSettings, work: Callable[[T], R], chunks: Iterator[T]) -> Iterator[R]:
+def spread(settings: ClusterSettings, work: Callable[[T], R], chunks: Iterator[T]) -> Iterator[R]:
     """`work` done to every chunk by the CPUs of the cluster, a few chunks ahead; the results in order."""
     with ray_session(settings):
         task: Any = ray.remote(num_cpus=1, max_retries=TASK_RETRIES)(do)
@@ -141,7 +141,7 @@ class Workers:
         return f"{count} worker{'s' * (self.most > 1)} with {kind}"
 
 
-def size_workers(settings: SegmentSettings, shards: int) -> Workers:
+def size_workers(settings: WorkerSettings, shards: int) -> Workers:
     """The pool for this cluster and `shards` of work: what the settings say, else all that there is room for."""
     resources = ray.cluster_resources()
     cluster_cpus, cluster_gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0)

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.attempts import ERRORS, reason
 from pipeline.config import ConfigurationError, IndexSettings
@@ -22,6 +21,7 @@ from pipeline.containers import ContainerError, NoImagesError, kind_of, members
 from pipeline.decode import DecodeError, read_header
 from pipeline.inputs import list_inputs, nothing_found, why_not
 from pipeline.reader import HEAD, ChangedError, ObjectFile, Reader
+from pipeline.seal import write_sealed
 from pipeline.storage import Store
 from pipeline.tables import make_room, stored
 
@@ -252,12 +252,11 @@ def add_part(output: Store, tables: list[pa.Table]) -> None:
     table = pa.concat_tables([SCHEMA.empty_table(), *tables])
     if not len(table):
         return
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    data = write_sealed(table, compression="zstd", write_page_checksum=True)
     number = len(output.names("index"))
     while True:
         try:
-            output.put(f"index/part-{number:05d}.parquet", buffer.getvalue().to_pybytes(), only_new=True)
+            output.put(f"index/part-{number:05d}.parquet", data, only_new=True)
             return
         except FileExistsError:
             number += 1

@@ -80,6 +80,7 @@ class Origin:
     exclude: tuple[str, ...]
     policy: str
     model_version: str
+    retries: str = ""  # the run whose failures it does again
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -44,6 +44,7 @@ from pipeline.inputs import summary
 from pipeline.metrics import start_hub
 from pipeline.plan import Origin, Plan, make_plan, most_work_first
 from pipeline.policy import parse_policy
+from pipeline.seal import sealed
 from pipeline.segment import SHARDS_AHEAD, Job, Segmenter
 from pipeline.storage import Store
 from pipeline.tables import Workspace, workspace
@@ -91,6 +92,26 @@ def segment(settings: SegmentSettings, listener: Listener, worker: type[Segmente
     version = model_version(checkpoint.digest, settings.mask_settings())
     inputs = tuple(public_url(Store(url, settings).uri("")) for url in settings.input)
     origin = Origin(inputs, settings.include, settings.exclude, settings.policy, version)
+
+    def new_plan(space: Workspace) -> Plan:
+        return index_and_plan(settings, output, version, space, listener)
+
+    result = do_run(settings, checkpoint, output, origin, new_plan, listener, worker)
+    if not result.record:
+        listener.say("nothing new: every image has a row from this model version")
+    return result
+
+
+def do_run(
+    settings: SegmentSettings,
+    checkpoint: Checkpoint,
+    output: Store,
+    origin: Origin,
+    new_plan: Callable[[Workspace], Plan],
+    listener: Listener,
+    worker: type[Segmenter],
+) -> Result:
+    """Do the run of this origin, as it was planned, or as `new_plan` says. Raises `IncompleteRunError`."""
     run = find_run(settings, output, origin, listener)
     if record := run.record():
         listener.say(
@@ -98,9 +119,8 @@ def segment(settings: SegmentSettings, listener: Listener, worker: type[Segmente
             "(leave out --run-id for images that came later)"
         )
         return Result(record, is_new=False)
-    plan = prepare(settings, run, origin, listener)
+    plan = prepare(run, origin, new_plan)
     if not plan:
-        listener.say("nothing new: every image has a row from this model version")
         return Result(None, is_new=False)
     started = time.time()
     stretch = segment_shards(settings, checkpoint, run, plan, listener, worker)
@@ -160,13 +180,13 @@ def check_origin(run: Run, origin: Origin) -> None:
         )
 
 
-def prepare(settings: SegmentSettings, run: Run, origin: Origin, listener: Listener) -> Contents | None:
+def prepare(run: Run, origin: Origin, new_plan: Callable[[Workspace], Plan]) -> Contents | None:
     """What the run is to do: an existing plan as it is, or a new one; None when there is nothing new."""
     if not (contents := run.contents()):
         if run.done():
             raise ConfigurationError(f"run {run.id} is another version's, which can finish it; use another --run-id")
         with workspace() as space:
-            plan = index_and_plan(settings, run.store, origin.model_version, space, listener)
+            plan = new_plan(space)
             if not plan.shards:
                 return None
             with contextlib.suppress(FileExistsError):  # another driver's plan, or our own after a lost reply
@@ -305,9 +325,11 @@ def commit(
         **asdict(totals),
         "busy_shares": {stage: round(share, 4) for stage, share in totals.busy_shares().items()},
         "files": [run.shard_name(shard) for shard in shards],
+        "plan_sha256": run.plan_digest(),
         "versions": {"python": platform.python_version()}
         | {name: installed(name) for name in ("swath", "ray", "torch", "pyarrow")},
     }
+    record = sealed(record)
     run.commit(record)
     return record
 

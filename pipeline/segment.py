@@ -27,7 +27,7 @@ from pipeline.road import Road, Shard
 from pipeline.schema import SUMMARY_KEY, Outcome, encode_shard, row
 from pipeline.stages import STATES
 from pipeline.storage import Store
-from pipeline.totals import Totals
+from pipeline.totals import Totals, count_reasons
 
 SHARDS_AHEAD = 3  # given to a worker at once: one that is fed, one that drains, one that is put
 ROW_BYTES_PER_PIXEL = 0.3  # of a mask as ragged as logits can make it, as PNG, as a row and in its Parquet file
@@ -161,6 +161,7 @@ class Segmenter:
             blocked_seconds=blocked,
             class_pixels={name: int(n) for name, n in zip(self.labels.names, pixels, strict=True) if n},
             class_images={name: int(n) for name, n in zip(self.labels.names, present, strict=True) if n},
+            reasons=count_reasons((one.status, one.error) for one in outcomes if one.status != "ok"),
         )
 
 

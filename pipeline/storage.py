@@ -156,6 +156,13 @@ class Store:
         """The object `name` as a file of which only what is read is fetched. Raises FileNotFoundError."""
         return ObjectFile(self.reader, self.uri(name))
 
+    def changed(self, name: str) -> float:
+        """When the object `name` was put, in seconds since 1970; 0 where it is not there or the store does not say."""
+        try:
+            return self.filesystem.modified(self.path(name)).timestamp()
+        except (FileNotFoundError, NotImplementedError):
+            return 0.0
+
     def names(self, folder: str) -> list[str]:
         """The names directly in `folder`, sorted, without it; none when there is no such folder."""
         try:
