@@ -38,6 +38,9 @@ class Metrics:
         self.mask_bytes = Counter("swath_mask_bytes", "Bytes of the PNG masks.", registry=registry)
         self.pixels = Counter("swath_mask_pixels", "Pixels of the masks.", registry=registry)
         self.batches = Counter("swath_batches", "Batches that the network has run.", registry=registry)
+        self.halvings = Counter(
+            "swath_batch_halvings", "Batches that were too large for the device's memory.", registry=registry
+        )
         self.stages = Counter(
             "swath_stage_seconds",
             "Time of a stage's threads: busy, starved of input or blocked by the next stage.",
@@ -71,6 +74,7 @@ class Metrics:
         self.mask_bytes.inc(totals.output_bytes)
         self.pixels.inc(totals.pixels)
         self.batches.inc(totals.batches)
+        self.halvings.inc(totals.halvings)
         seconds_by_state = (totals.stage_seconds, totals.starved_seconds, totals.blocked_seconds)
         for state, seconds_by_stage in zip(STATES, seconds_by_state, strict=True):
             for stage, seconds in seconds_by_stage.items():

@@ -155,6 +155,7 @@ class Segmenter:
             output_bytes=sum(len(outcome.mask or b"") for outcome in outcomes),
             pixels=int(pixels.sum()),
             batches=len(sent.batches),
+            halvings=len(sent.halved),
             stage_seconds=busy,
             starved_seconds=starved,
             blocked_seconds=blocked,
