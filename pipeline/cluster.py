@@ -19,7 +19,10 @@ from pipeline.config import ClusterSettings, ConfigurationError, WorkerSettings,
 
 CPUS = 4  # of a worker without a GPU: more of them in one process get into each other's way in Python
 IMAGE_MEMORY = (256 << 20, 4 << 30)  # bytes: the least and the most by default
-TASK_RETRIES = 3  # of work whose worker dies; Ray's own default is for ever
+# Of work whose worker dies; Ray's own default is for ever. A shard may die twice of itself before it is done apart, and
+# then of the two shards beside it, each of which ends the worker twice before it is done apart too; while one waits for
+# that, no new one begins (`quarantine.Turns`). That makes six, and two more are for nodes that go.
+TASK_RETRIES = 8
 CHUNKS_AHEAD = 2  # for each CPU
 FAILED_SHARDS = 8  # after so many the store is down or the job is wrong, and going on helps nobody
 

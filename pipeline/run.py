@@ -41,7 +41,7 @@ from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
 from pipeline.filesystems import public_url, storage_options
 from pipeline.index import update_index
 from pipeline.inputs import summary
-from pipeline.metrics import start_hub
+from pipeline.metrics import choose_port, start_hub
 from pipeline.plan import Origin, Plan, make_plan, most_work_first
 from pipeline.policy import parse_policy
 from pipeline.seal import sealed
@@ -239,13 +239,10 @@ def segment_shards(
         return Stretch(len(done))
     with ray_session(settings):
         workers = size_workers(settings, len(todo))
-        hub = start_hub(run.id, version)
-        hub.plan.remote(images, shards)
-        for shard, totals in zip(done, run.totals(done), strict=True):
-            hub.finish.remote(shard, totals)
+        hub = start_hub(settings, run.id, version, images, shards, choose_port(settings))
         job = Job(settings, run.id, version, workers.cpus, workers.gpus, workers.memory)
         dataset = build_dataset(todo, job, checkpoint, hub, workers, worker)
-        listener.say(f"run {run.id} on {workers}; metrics: {serve_metrics(settings, hub)}")
+        listener.say(f"run {run.id} on {workers}; metrics: {ray.get(hub.address.remote())}")
         with watching(hub, images, listener):
             errors = failed_shards(dataset)
         memory = ray.get(hub.worker_memory.remote())
@@ -339,12 +336,6 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def serve_metrics(settings: SegmentSettings, hub: Any) -> str:
-    """Start the endpoint; its URL."""
-    port = ray.get(hub.serve.remote(settings.metrics_host, settings.metrics_port))
-    return f"http://{settings.metrics_host}:{port}/metrics"
 
 
 @contextlib.contextmanager
