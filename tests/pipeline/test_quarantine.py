@@ -1,6 +1,7 @@
 """Images that end their workers: found, written down, and paid for by nobody else."""
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -16,15 +17,15 @@ from pipeline.config import SegmentSettings
 from pipeline.containers import Images
 from pipeline.metrics import Hub, Snapshot, choose_port
 from pipeline.plan import PlannedImage
-from pipeline.quarantine import Turns
+from pipeline.quarantine import Quarantine, Turns, along
 from pipeline.reader import Reader
-from pipeline.road import Road
+from pipeline.road import Road, Shard
 from pipeline.run import IncompleteRunError, segment
 from pipeline.segment import RowsError, check_rows
 from pipeline.totals import Totals
 from tests.conftest import draw_image
 from tests.pipeline.mortal import KILL, Mortal, Stillborn
-from tests.pipeline.test_road import outcomes
+from tests.pipeline.test_road import LABELS, Brightness, config, draw, outcomes
 from tests.pipeline.test_run import Watcher, descendants, rows_of
 
 
@@ -121,6 +122,21 @@ def test_logits_do_not_depend_on_what_shares_a_batch(checkpoint):
     for parts in (1, 2, 3):
         some = [predictor.logits(images[first : first + parts]) for first in range(0, 7, parts)]
         assert torch.equal(torch.cat(some), together)
+
+
+def test_a_road_apart_reports_what_a_shard_counts(tmp_path):
+    settings = config(tmp_path)
+    road = Road(Images(Reader(settings), None), Brightness(), LABELS, settings, 2, 1 << 30)
+    *found, (number, report) = along(lambda: road)(draw(tmp_path, 6))
+    road.close()
+    assert number is None
+    assert sorted(number for number, _ in found) == [0, 1, 2, 3, 4, 5]
+    shard = Shard([])
+    Quarantine(b"", print).note(shard, report)
+    Quarantine(b"", print).note(shard, pickle.loads(pickle.dumps(report)))
+    assert sorted(shard.batches) == [2, 2, 4, 4]
+    assert (shard.fetched, shard.failure) == (True, None)
+    assert shard.clock.of("busy")["decode"] == pytest.approx(2 * report.seconds["decode", "busy"])
 
 
 def hub_of(output: Path, checkpoint: str) -> Hub:
