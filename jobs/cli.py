@@ -1,7 +1,6 @@
 """The command line: `swath JOB ...`. Options, YAML keys and checks all come from the settings in `pipeline.config`."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -11,11 +10,12 @@ from pydantic_core import PydanticUndefined
 
 from jobs import demo, index, plan, segment, status, verify
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
+from pipeline.stopping import Interruption, install
 
 JOBS = {"segment": segment, "index": index, "plan": plan, "status": status, "verify": verify, "demo": demo}
 EPILOGUE = """\
 Exit codes: 0 done, 1 the store or some shards failed (run again to go on), 2 a setting, the input or the checkpoint
-cannot be used, 130 interrupted by Ctrl-C or SIGTERM (run again to go on).
+cannot be used, 3 another process does this run, 130 stopped by Ctrl-C, 143 by SIGTERM (run again to go on).
 """
 
 
@@ -47,15 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """The exit code of `work`, with everything a person can act on said in one line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is done is kept, as with Ctrl-C
+    install()  # so that what is done is kept
     try:
         return work()
     except ConfigurationError as error:
         print(f"swath: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except Interruption as ended:
         print("swath: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return 128 + ended.number
     except Exception as error:
         if not (explained := explain(error)):
             raise
@@ -71,12 +71,18 @@ def explain(error: Exception) -> tuple[int, str] | None:
 
     from model.checkpoint import CheckpointError
     from pipeline.attempts import ERRORS, reason
+    from pipeline.lease import HeldError
     from pipeline.run import IncompleteRunError
+    from pipeline.stopping import StoppedError
 
     if isinstance(error, CheckpointError):
         return 2, f"error: {error}"
     if isinstance(error, IncompleteRunError):
         return 1, str(error)
+    if isinstance(error, HeldError):
+        return 3, f"error: {error}"
+    if isinstance(error, StoppedError):
+        return 128 + error.number, str(error)
     if isinstance(error, (*ERRORS, pa.ArrowException, duckdb.Error)):  # a full disk, a store or a file of ours gone bad
         return 1, f"error: {type(error).__name__}: {reason(error)}"
     return None

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
+from pipeline import stopping
 from pipeline.attempts import reason
 from pipeline.config import ClusterSettings, ConfigurationError, WorkerSettings, worker_range
 
@@ -74,11 +75,14 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
     context.enable_progress_bars = False
     context.target_max_block_size = None
     context.max_errored_blocks = FAILED_SHARDS
-    ended = signal.signal(signal.SIGTERM, signal.default_int_handler)  # here, as ray.init installs its own
+    before = [signal.getsignal(number) for number in stopping.NUMBERS]
+    stopping.install()  # here, as ray.init installs its own
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray says on stdout that a worker has died
+            yield
     finally:
-        signal.signal(signal.SIGTERM, ended)
+        for number, handler in zip(stopping.NUMBERS, before, strict=True):
+            signal.signal(number, handler)
         with silence():
             ray.shutdown()
 

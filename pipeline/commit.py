@@ -2,6 +2,7 @@
 
     runs/<run_id>/plan-<digest>-<n>.parquet     the plan, a row group a shard
     runs/<run_id>/plan.json                     which plan it is, put once and never changed
+    runs/<run_id>/lease-<n>.json                which driver does it (`lease`)
     segments/run=<run_id>/shard-<n>.parquet     one whole object each, under a name that the plan determines
     runs/<run_id>/run.json                      the commit, put once when every shard is there
 
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import ConfigurationError, StorageSettings
+from pipeline.lease import Lease
 from pipeline.plan import PART_SHARDS, Origin, Plan, PlannedImage, planned_images
 from pipeline.plan import SCHEMA as PLAN_SCHEMA
 from pipeline.schema import SUMMARY_KEY
@@ -72,7 +74,7 @@ class Run:
         return f"{self.folder}/shard-{shard:06d}.parquet"
 
     def begin(self, plan: Plan, origin: Origin) -> None:
-        """Put the plan. Raises FileExistsError when another driver was first."""
+        """Put the plan. Raises FileExistsError where there is one."""
         digest = plan.digest()[:DIGEST]
         parts = [f"runs/{self.id}/plan-{digest}-{number:05d}.parquet" for number in range(len(plan.parts))]
         for name, part in zip(parts, plan.parts, strict=True):
@@ -100,7 +102,12 @@ class Run:
         return sorted(int(match[1]) for match in found if match)
 
     def put_shard(self, shard: int, data: bytes) -> None:
-        self.store.put(self.shard_name(shard), data)
+        """Raises FileExistsError when another attempt has put it; that one stays."""
+        self.store.put(self.shard_name(shard), data, only_new=True)
+
+    def lease(self) -> Lease:
+        """What its driver holds."""
+        return Lease(self.store, f"runs/{self.id}/lease", f"run {self.id}")
 
     def totals(self, shards: list[int]) -> list[Totals]:
         """What each of `shards`, which are all there, holds; read from the files' footers."""

@@ -53,10 +53,8 @@ class StorageSettings(BaseModel):
 
     @field_validator("retry_seconds")
     @classmethod
-    def _not_negative(cls, value: float) -> float:
-        if not 0 <= value <= 86400:
-            raise ValueError("must be from 0 to 86400")
-        return value
+    def _retry_seconds(cls, value: float) -> float:
+        return seconds(value)
 
     @field_validator("storage_option", mode="before")
     @classmethod
@@ -220,6 +218,13 @@ class PlanSettings(IndexSettings):
 class WorkerSettings(ReadingSettings):
     """The machines that segment."""
 
+    grace: float = option(
+        25,
+        "seconds that shards under way have to end in when the run is stopped by Ctrl-C or SIGTERM; what is not done "
+        "by then is done when the run goes on",
+        "Run",
+        "N",
+    )
     workers: str = option(
         "auto", "how many model workers: N, MIN:MAX, or auto for one a GPU or all CPUs", "Workers", "N"
     )
@@ -264,6 +269,11 @@ class WorkerSettings(ReadingSettings):
     @classmethod
     def _counts(cls, value: int | None) -> int | None:
         return value if value is None else positive(value)
+
+    @field_validator("grace")
+    @classmethod
+    def _grace(cls, value: float) -> float:
+        return seconds(value)
 
     @field_validator("gpus_per_worker")
     @classmethod
@@ -367,6 +377,12 @@ def worker_range(text: str) -> tuple[int, int] | None:
 def positive(value: int) -> int:
     if value < 1:
         raise ValueError("must be 1 or more")
+    return value
+
+
+def seconds(value: float) -> float:
+    if not 0 <= value <= 86400:
+        raise ValueError("must be from 0 to 86400 seconds")
     return value
 
 

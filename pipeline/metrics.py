@@ -20,7 +20,6 @@ import prometheus_client
 import ray
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from pipeline.commit import Run
 from pipeline.config import SegmentSettings
 from pipeline.schema import STATUSES
 from pipeline.stages import STATES
@@ -133,6 +132,9 @@ class Hub:
         self.asked_again: collections.Counter[str] = collections.Counter()
         self.is_stopping = False
         self.memory = (0, 0)
+        # not above, as Ray keeps the class of an actor beyond the end of Python, of which DuckDB would complain
+        from pipeline.commit import Run  # noqa: PLC0415
+
         run = Run(Store(settings.output, settings), run_id)
         done = run.done()
         for shard, totals in zip(done, run.totals(done), strict=True):

@@ -5,13 +5,14 @@ What happens to an image? `prepare` finds it and puts it into a shard, `segment_
 """
 
 import contextlib
+import math
 import platform
 import secrets
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +26,7 @@ from fsspec.utils import get_protocol
 from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, model_version
 from model.predictor import EngineError, choose_engine
 from pipeline import schema
-from pipeline.attempts import agreed
+from pipeline.attempts import agreed, take_retries
 from pipeline.cluster import (
     FAILED_SHARDS,
     TASK_RETRIES,
@@ -41,14 +42,20 @@ from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
 from pipeline.filesystems import public_url, storage_options
 from pipeline.index import update_index
 from pipeline.inputs import summary
+from pipeline.lease import HeldError, Lease
 from pipeline.metrics import choose_port, start_hub
 from pipeline.plan import Origin, Plan, make_plan, most_work_first
 from pipeline.policy import parse_policy
 from pipeline.seal import sealed
 from pipeline.segment import SHARDS_AHEAD, Job, Segmenter
+from pipeline.stopping import Over, Request, StoppedError, until_asked_to_end
 from pipeline.storage import Store
 from pipeline.tables import Workspace, workspace
 from pipeline.totals import Totals, add
+
+PLANNING = "leases/planning"
+LOOKED_EVERY = 0.5  # seconds
+IDLE = 10.0  # seconds with nothing under way, when a run is to stop
 
 
 class Listener(Protocol):
@@ -82,7 +89,8 @@ class Result:
 def segment(settings: SegmentSettings, listener: Listener, worker: type[Segmenter] = Segmenter) -> Result:
     """Segment a collection, or go on with it. `worker` is for benchmarks that put something else in its place.
 
-    `ConfigurationError` and `CheckpointError` come before any work, `IncompleteRunError` after all that could be done.
+    `ConfigurationError`, `CheckpointError` and `HeldError` come before any work, `StoppedError` after what a signal
+    leaves time for, `IncompleteRunError` after all that could be done.
     """
     check_network(settings)
     checkpoint = read_checkpoint(settings)
@@ -111,20 +119,43 @@ def do_run(
     listener: Listener,
     worker: type[Segmenter],
 ) -> Result:
-    """Do the run of this origin, as it was planned, or as `new_plan` says. Raises `IncompleteRunError`."""
-    run = find_run(settings, output, origin, listener)
-    if record := run.record():
-        listener.say(
-            f"run {run.id} is complete: {record['images']:,} images as planned, nothing to do "
-            "(leave out --run-id for images that came later)"
-        )
-        return Result(record, is_new=False)
-    plan = prepare(run, origin, new_plan)
-    if not plan:
-        return Result(None, is_new=False)
-    started = time.time()
-    stretch = segment_shards(settings, checkpoint, run, plan, listener, worker)
-    return Result(commit(settings, checkpoint, run, origin, started, stretch), is_new=True)
+    """Do the run of this origin, as it was planned, or as `new_plan` says.
+
+    Raises `HeldError` before any work, `StoppedError` and `IncompleteRunError` after all that could be done.
+    """
+    with contextlib.ExitStack() as held:
+        with alone_planning(output, listener) as planning:
+            run = find_run(settings, output, origin, listener)
+            if record := run.record():
+                listener.say(
+                    f"run {run.id} is complete: {record['images']:,} images as planned, nothing to do "
+                    "(leave out --run-id for images that came later)"
+                )
+                return Result(record, is_new=False)
+            if not (plan := prepare(run, origin, new_plan, planning)):
+                return Result(None, is_new=False)
+            lease = held.enter_context(run.lease())
+        started = time.time()
+        stretch = segment_shards(settings, checkpoint, run, plan, lease, listener, worker)
+        return Result(commit(settings, checkpoint, run, origin, started, stretch), is_new=True)
+
+
+@contextlib.contextmanager
+def alone_planning(output: Store, listener: Listener) -> Iterator[Lease]:
+    """Be the only driver that plans in this output, once the others have: two would plan the same images."""
+    told = False
+    while True:
+        try:
+            lease = Lease(output, PLANNING, "planning in this output").__enter__()
+        except HeldError as error:
+            if not told:
+                listener.say(f"waiting: {error}")
+            told = True
+            time.sleep(LOOKED_EVERY)
+        else:
+            break
+    with contextlib.closing(lease):
+        yield lease
 
 
 def check_engine(settings: SegmentSettings, checkpoint: Checkpoint) -> None:
@@ -180,7 +211,7 @@ def check_origin(run: Run, origin: Origin) -> None:
         )
 
 
-def prepare(run: Run, origin: Origin, new_plan: Callable[[Workspace], Plan]) -> Contents | None:
+def prepare(run: Run, origin: Origin, new_plan: Callable[[Workspace], Plan], planning: Lease) -> Contents | None:
     """What the run is to do: an existing plan as it is, or a new one; None when there is nothing new."""
     if not (contents := run.contents()):
         if run.done():
@@ -189,9 +220,8 @@ def prepare(run: Run, origin: Origin, new_plan: Callable[[Workspace], Plan]) -> 
             plan = new_plan(space)
             if not plan.shards:
                 return None
-            with contextlib.suppress(FileExistsError):  # another driver's plan, or our own after a lost reply
-                run.begin(plan, origin)
-        check_origin(run, origin)
+            planning.check()
+            run.begin(plan, origin)
         contents = run.contents()
     return contents
 
@@ -219,6 +249,7 @@ class Stretch:
 
     shards_before: int  # that an earlier stretch of the run has done
     memory: tuple[int, int] = (0, 0)  # bytes: what the worker closest to its bound had at most, and that bound
+    retries: dict[str, int] = field(default_factory=dict)  # how often the store was tried again, by cause
 
 
 def segment_shards(
@@ -226,10 +257,11 @@ def segment_shards(
     checkpoint: Checkpoint,
     run: Run,
     plan: Contents,
+    lease: Lease,
     listener: Listener,
     worker: type[Segmenter],
 ) -> Stretch:
-    """Have the workers do every shard that is not there yet. Raises `IncompleteRunError`."""
+    """Have the workers do every shard that is not there yet. Raises `StoppedError`, `IncompleteRunError`."""
     images, shards, version = sum(plan.images), len(plan.images), plan.origin.model_version
     done = run.done()
     todo = most_work_first(sorted(set(range(shards)) - set(done)), plan.work)
@@ -237,23 +269,35 @@ def segment_shards(
         listener.say(f"{len(done):,} of {shards:,} shards of run {run.id} are there already")
     if not todo:
         return Stretch(len(done))
-    with ray_session(settings):
+    with ray_session(settings), until_asked_to_end() as request:
         workers = size_workers(settings, len(todo))
         hub = start_hub(settings, run.id, version, images, shards, choose_port(settings))
         job = Job(settings, run.id, version, workers.cpus, workers.gpus, workers.memory)
         dataset = build_dataset(todo, job, checkpoint, hub, workers, worker)
         listener.say(f"run {run.id} on {workers}; metrics: {ray.get(hub.address.remote())}")
-        with watching(hub, images, listener):
-            errors = failed_shards(dataset)
-        memory = ray.get(hub.worker_memory.remote())
+        errors: list[str] = []
+        with (
+            contextlib.suppress(Over),
+            watching(hub, images, listener),
+            ending(hub, lease, request, settings.grace, listener),
+        ):
+            errors += failed_shards(dataset)
+        stretch = Stretch(len(done), ray.get(hub.worker_memory.remote()), ray.get(hub.retries.remote()))
+    lease.check()
     missing = sorted(set(range(shards)) - set(run.done()))
+    if missing and request.number:
+        raise StoppedError(
+            request.number,
+            f"stopped: {shards - len(missing):,} of {shards:,} shards of run {run.id} are done; "
+            "run the same command again to go on",
+        )
     if missing:
         why = errors[0] if errors else "the worker of a shard died each time it was tried (out of memory?)"
         raise IncompleteRunError(
             f"{len(missing):,} of {shards:,} shards of run {run.id} are not done: {why}; "
             f"run the same command again to do only those"
         )
-    return Stretch(len(done), memory)
+    return stretch
 
 
 def build_dataset(
@@ -301,7 +345,7 @@ def commit(
 ) -> dict[str, Any]:
     """Write the run record: every shard is there, and this is what they hold.
 
-    `seconds` and `worker_memory` are those of the last stretch, since `started`.
+    `seconds`, `worker_memory` and `retries` are those of the last stretch, since `started`.
     """
     shards = run.done()
     totals: Totals = add(run.totals(shards))
@@ -319,6 +363,7 @@ def commit(
         "seconds": round(finished - started, 3),
         "shards_done_before": stretch.shards_before,
         "worker_memory": dict(zip(("peak", "bound"), stretch.memory, strict=True)),
+        "retries": stretch.retries,
         **asdict(totals),
         "busy_shares": {stage: round(share, 4) for stage, share in totals.busy_shares().items()},
         "files": [run.shard_name(shard) for shard in shards],
@@ -341,21 +386,58 @@ def installed(package: str) -> str:
 @contextlib.contextmanager
 def watching(hub: Any, images: int, listener: Listener) -> Iterator[None]:
     """Tell the listener each second how far the workers are, and once more at the end."""
-    ended = threading.Event()
 
     def report() -> None:
+        hub.retried.remote(take_retries())
         now = ray.get(hub.snapshot.remote())
         listener.segmenting(now.images, images, now.failures)
 
-    def watch() -> None:
-        while not ended.wait(1):
-            report()
+    with each(1, report):
+        yield
+    report()
 
-    thread = threading.Thread(target=watch, daemon=True)
+
+@contextlib.contextmanager
+def ending(hub: Any, lease: Lease, request: Request, grace: float, listener: Listener) -> Iterator[None]:
+    """End the block early, by `Over`, when the lease is lost, or when that was asked for and it does not end by itself.
+
+    Then workers begin no shard any more, but say so of each; of very many that takes a while, for which nobody waits.
+    """
+    asked = busy = math.inf
+
+    def look() -> None:
+        nonlocal asked, busy
+        now = time.monotonic()
+        if lease.lost:
+            request.end()
+        if not request.number:
+            return
+        ray.get(hub.stop.remote())  # each time, as a hub that was started anew has not heard of it
+        if asked == math.inf:
+            asked = now
+            listener.say(f"stopping: shards under way have {grace:g} s to end; once more to stop at once")
+        if asked == now or ray.get(hub.snapshot.remote()).begun:
+            busy = now
+        if now - asked >= grace or now - busy >= IDLE:
+            request.end()
+
+    with each(LOOKED_EVERY, look):
+        yield
+
+
+@contextlib.contextmanager
+def each(seconds: float, work: Callable[[], None]) -> Iterator[None]:
+    """Have a thread do `work` every so many seconds."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            work()
+
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-    report()

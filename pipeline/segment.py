@@ -143,7 +143,10 @@ class Segmenter:
         outcomes = self.collect(shard, sent)
         started = time.perf_counter()
         totals = replace(self.summarise(sent, outcomes), quarantined=int(road is not self.road))
-        self.put(shard, images, outcomes, totals)
+        try:
+            self.put(shard, images, outcomes, totals)
+        except FileExistsError:  # by a worker that was thought dead
+            totals = self.run.shard_totals(shard)
         return totals, time.perf_counter() - started
 
     def quarantine(self) -> Quarantine:

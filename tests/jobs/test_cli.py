@@ -99,6 +99,21 @@ def test_what_is_wrong_is_one_line_with_exit_code_2_before_any_work(swath, colle
     assert not list(output.glob("segments"))
 
 
+def test_no_secret_is_in_what_is_said(swath, bucket, collection, checkpoint, tmp_path):
+    key = ["--storage-option", "s3.key=testkey", "--storage-option"]
+    for inputs, secret in [
+        ((bucket, tmp_path / "out"), "s3.secret=canary"),
+        ((collection, f"{bucket}/out"), "s3.secret=canary"),
+        ((collection, f"{bucket}/out"), "s3-secret=canary"),
+        ((collection, "s3://user:canary@bucket/out"), "s3.x=1"),
+        (("https://user:canary@example/x", tmp_path / "out"), "s3.x=1"),
+    ]:
+        code, out, errors = swath("segment", *inputs, "--checkpoint", checkpoint, *key, secret)
+        assert code == 2
+        assert len(errors.splitlines()) <= 2
+        assert "canary" not in out + errors
+
+
 def test_workers_that_cannot_be_are_refused_and_not_waited_for(swath, collection, checkpoint, tmp_path):
     command = ["segment", collection, tmp_path / "out", "--checkpoint", checkpoint, "--policy", "short=64"]
     for option in (["--cpus-per-worker", "4096"], ["--gpus-per-worker", "64"]):
@@ -107,22 +122,35 @@ def test_workers_that_cannot_be_are_refused_and_not_waited_for(swath, collection
         assert "fits this machine" in errors.splitlines()[-1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_run_and_says_how_to_go_on(collection, checkpoint, tmp_path, number):
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_a_signal_ends_what_is_under_way_a_second_one_everything(collection, checkpoint, tmp_path, number, times):
     for image in range(60):
         draw_image(collection / f"more/{image:02d}.png", 640, 480, seed=image)
     command = [sys.executable, "-m", "jobs", "segment", collection, tmp_path / "out", "--checkpoint", checkpoint]
+    command += ["--shard-images", "4", "--grace", "600", "--run-id", "r"]
     with open(tmp_path / "out.txt", "w") as out, open(tmp_path / "errors.txt", "w") as errors:
-        process = subprocess.Popen([*map(str, command), "--shard-images", "4"], stdout=out, stderr=errors)
+        process = subprocess.Popen([*map(str, command)], stdout=out, stderr=errors)
         deadline = time.monotonic() + 200
         while not list((tmp_path / "out").glob("segments/*/*.parquet")) and time.monotonic() < deadline:
             time.sleep(0.1)
-        process.send_signal(number)
-        assert process.wait(60) == 130
+        for _ in range(times):
+            process.send_signal(number)
+            time.sleep(0.5)
+        assert process.wait(120) == 128 + number
     said = (tmp_path / "errors.txt").read_text()
-    assert said.splitlines()[-1] == "swath: interrupted; run the same command again to go on"
     assert "Traceback" not in said
+    assert "stopping: shards under way have 600 s to end" in said
     assert (tmp_path / "out.txt").read_text() == ""
+    lease = json.loads(next((tmp_path / "out/runs/r").glob("lease-*.json")).read_text())
+    assert lease["released"]
+    shards = len(list((tmp_path / "out").glob("segments/*/*.parquet")))
+    if times == 1:
+        planned = len(json.loads((tmp_path / "out/runs/r/plan.json").read_text())["images"])
+        assert shards < planned
+        line = f"swath: stopped: {shards} of {planned} shards of run r are done; run the same command again to go on"
+        assert said.splitlines()[-1] == line
+    else:
+        assert said.splitlines()[-1] == "swath: interrupted; run the same command again to go on"
 
 
 def test_damage_to_our_own_files_is_one_line(swath, collection, tmp_path):

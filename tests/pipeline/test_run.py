@@ -21,6 +21,7 @@ import polars
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 from pipeline import schema
@@ -40,9 +41,12 @@ class Watcher:
         self.lines: list[str] = []
         self.seen: list[tuple[int, int, int]] = []
         self.scraped = ""
+        self.logs = Path()  # Ray's own
 
     def say(self, text: str) -> None:
         self.lines.append(text)
+        if "metrics" in text:
+            self.logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
 
     def listing(self, found: int) -> None:
         pass
@@ -104,7 +108,6 @@ def test_every_object_in_a_bucket_becomes_one_row_that_all_readers_read(bucket, 
     assert json.loads(filesystem.cat(f"{bucket}/out/runs/{record['run_id']}/run.json")) == json.loads(
         json.dumps(record)
     )
-    assert s3.secret_key not in json.dumps(record)
 
     assert watcher.seen[-1] == (16, 16, 3)
     assert watcher.metric('swath_images_total{status="ok"}') == 13
@@ -112,7 +115,11 @@ def test_every_object_in_a_bucket_becomes_one_row_that_all_readers_read(bucket, 
     assert watcher.metric("swath_mask_pixels_total") == record["pixels"]
     assert watcher.metric("swath_planned_images") == 16
     assert watcher.metric("swath_shards_total") == watcher.metric("swath_planned_shards") == len(files)
-    assert s3.secret_key not in watcher.scraped
+    written = b"".join(filesystem.cat(filesystem.find(f"{bucket}/out")).values())
+    logged = b"".join(path.read_bytes() for path in watcher.logs.rglob("*") if path.is_file())
+    assert len(list(watcher.logs.glob("*"))) > 5
+    for text in (watcher.scraped.encode(), "\n".join(watcher.lines).encode(), written, logged):
+        assert s3.secret_key.encode() not in text
     assert watcher.metric('swath_stage_seconds_total{stage="infer",state="busy"}') > 0
     assert watcher.metric('swath_stage_seconds_total{stage="fetch",state="blocked"}') > 0
     assert watcher.metric('swath_stage_seconds_total{stage="put",state="busy"}') > 0
