@@ -43,7 +43,7 @@ INDEXED = """
         file IS NOT NULL OR format IS NULL OR format NOT IN ('tar', 'parquet') OR error IS NOT NULL, ? FROM page
 """
 TWICE = """
-    SELECT uri, concat(count(*), ' rows of model ', version, ' for this image, in ', string_agg(DISTINCT run, ', '))
+    SELECT uri, concat(count(*), ' rows of model ', version, ' for this image, in ', min(run), ' and ', max(run))
     FROM rows JOIN runs USING (run) GROUP BY uri, etag, version, CASE WHEN retries = '' THEN '' ELSE run END
     HAVING count(*) > 1
 """
