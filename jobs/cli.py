@@ -8,14 +8,23 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from jobs import demo, index, plan, segment, status, verify
+from jobs import demo, index, plan, retry, segment, status, verify
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
 from pipeline.stopping import Interruption, install
 
-JOBS = {"segment": segment, "index": index, "plan": plan, "status": status, "verify": verify, "demo": demo}
+JOBS = {
+    "segment": segment,
+    "index": index,
+    "plan": plan,
+    "status": status,
+    "retry": retry,
+    "verify": verify,
+    "demo": demo,
+}
 EPILOGUE = """\
-Exit codes: 0 done, 1 the store or some shards failed (run again to go on), 2 a setting, the input or the checkpoint
-cannot be used, 3 another process does this run, 130 stopped by Ctrl-C, 143 by SIGTERM (run again to go on).
+Exit codes: 0 done, 1 the store or some shards failed (run again to go on), or status found a run that is not complete,
+or verify something wrong, 2 a setting, the input or the checkpoint cannot be used, 3 another process does this run,
+130 stopped by Ctrl-C, 143 by SIGTERM (run again to go on).
 """
 
 

@@ -356,6 +356,7 @@ def commit(
         "input": origin.input,
         "checkpoint": public_url(settings.checkpoint),
         "model_version": origin.model_version,
+        "retries": origin.retries,
         "settings": settings.mask_settings() | {"batch_pixels": settings.batch_pixels or "by device"},
         "labels": checkpoint.labels.names,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),

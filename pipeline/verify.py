@@ -44,7 +44,7 @@ INDEXED = """
         file IS NOT NULL OR format IS NULL OR format NOT IN ('tar', 'parquet') OR error IS NOT NULL, ? FROM page
 """
 TWICE = """
-    SELECT uri, concat(count(*), ' rows of model ', version, ' for this image, in ', string_agg(DISTINCT run, ', '))
+    SELECT uri, concat(count(*), ' rows of model ', version, ' for this image, in ', min(run), ' and ', max(run))
     FROM rows JOIN runs USING (run) GROUP BY uri, etag, version, CASE WHEN retries = '' THEN '' ELSE run END
     HAVING count(*) > 1
 """
@@ -94,6 +94,8 @@ def verify(settings: VerifySettings, progress: Progress, spread: Spread) -> Repo
     report = Report(defaultdict(int), Findings())
     with workspace() as space:
         space.tables.execute(SCHEMA)
+        for name in sorted({f"part-{number:05d}.parquet" for number in range(len(parts))} - set(parts)):
+            report.findings.add(f"index/{name}", "is not there, but later ones are")
         for number, name in enumerate(parts):
             read_index_part(output, f"index/{name}", number, space.tables, report)
         known = {run.id: facts for run in found if (facts := check_run(run, report))}
@@ -219,6 +221,7 @@ def check_record_alone(
         "run_id": run.id,
         "input": list(origin.input),
         "model_version": origin.model_version,
+        "retries": origin.retries,
         "images": sum(contents.images),
         "files": [run.shard_name(shard) for shard in range(len(contents.images))],
         "plan_sha256": run.plan_digest(),

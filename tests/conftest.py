@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run in Python, on the CPU
@@ -19,6 +20,8 @@ from infra.local.s3_server import PACKAGES, S3Server, missing_programs, s3_serve
 from model.checkpoint import save_huggingface
 from model.labels import label_set
 from model.segformer import Segformer, variant
+from pipeline.config import SegmentSettings
+from pipeline.run import segment
 
 NAMES = ["sky", "land", "water", "it's <b>odd</b>", "life"]
 
@@ -92,6 +95,66 @@ def collection(tmp_path: Path) -> Path:
         name = f"part {number % 3}/image-{number:02d}.{suffixes[number % len(suffixes)]}"
         draw_image(folder / name, width, height, seed=number)
     return folder
+
+
+class Quiet:
+    """Nobody watches."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def listing(self, found: int) -> None:
+        pass
+
+    def indexing(self, done: int, total: int) -> None:
+        pass
+
+    def segmenting(self, done: int, total: int, failures: int) -> None:
+        pass
+
+    def counting(self, done: int, total: int) -> None:
+        pass
+
+    def verifying(self, done: int, total: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An output whose run "first" is finished; a test may copy it, and damages only its copy."""
+
+    output: Path
+    collection: Path
+    checkpoint: str
+    missing: Path  # an image that went when it was indexed
+
+    def bring_back(self) -> None:
+        """Put the missing image where it was, as it was."""
+        kept = self.missing.with_suffix(".kept")
+        shutil.copy2(kept, self.missing)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: str) -> Finished:
+    """Eleven masks, three images that cannot be read, and one that is missing."""
+    folder = tmp_path_factory.mktemp("finished")
+    collection = folder / "collection"
+    for number in range(12):
+        suffix = ["jpg", "png", "webp", "bmp"][number % 4]
+        draw_image(collection / f"image-{number:02d}.{suffix}", *[(64, 48), (48, 64), (101, 37)][number % 3], number)
+    spoil(collection)
+    missing = collection / "image-04.jpg"
+
+    class Thief(Quiet):
+        def say(self, text: str) -> None:
+            if "headers read" in text:
+                missing.rename(missing.with_suffix(".kept"))
+
+    settings = {"input": str(collection), "output": str(folder / "out"), "checkpoint": checkpoint, "run_id": "first"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        segment(SegmentSettings(**settings, policy="short=64", shard_images=4), Thief())
+    return Finished(folder / "out", collection, checkpoint, missing)
 
 
 def spoil(folder: Path) -> None:
