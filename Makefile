@@ -17,10 +17,11 @@ demo: .venv/installed  ## Draw a small collection, segment it here, show the tab
 test: .venv/developing  ## Run every test, on a real Ray and a real S3 server (installed with apt where it is missing)
 	$(BIN)/python -m pytest
 
-check: .venv/developing  ## Lint, check the format and the types
+check: .venv/developing  ## Lint, check the format, the types and the dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/audit.py
 
 format: .venv/developing  ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from jobs import demo, index, plan, segment
+from jobs import demo, index, plan, segment, status, verify
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
 
-JOBS = {"segment": segment, "index": index, "plan": plan, "demo": demo}
+JOBS = {"segment": segment, "index": index, "plan": plan, "status": status, "verify": verify, "demo": demo}
 EPILOGUE = """\
 Exit codes: 0 done, 1 the store or some shards failed (run again to go on), 2 a setting, the input or the checkpoint
 cannot be used, 130 interrupted by Ctrl-C or SIGTERM (run again to go on).
@@ -70,8 +70,8 @@ def explain(error: Exception) -> tuple[int, str] | None:
     import pyarrow as pa
 
     from model.checkpoint import CheckpointError
+    from pipeline.attempts import ERRORS, reason
     from pipeline.run import IncompleteRunError
-    from pipeline.storage import ERRORS, reason
 
     if isinstance(error, CheckpointError):
         return 2, f"error: {error}"
@@ -101,7 +101,7 @@ def add_job(jobs: Any, name: str, job: Any) -> Parser:
             number, meaning = "?" if info.annotation is str else "*", info.description
             parser.add_argument(field, nargs=number, metavar=field.upper(), default=argparse.SUPPRESS, help=meaning)
             continue
-        groups[extra["group"]].add_argument(f"--{field.replace('_', '-')}", **how_to_parse(info))
+        groups[extra["group"]].add_argument(f"--{(info.alias or field).replace('_', '-')}", **how_to_parse(info))
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; options win over it")
     return parser
 

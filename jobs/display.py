@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 PLAIN_EVERY = 5.0  # seconds between two lines where there is no terminal
+REASONS_SHOWN = 8
 
 
 class Display:
@@ -53,6 +55,15 @@ class Display:
     def segmenting(self, done: int, total: int, failures: int) -> None:
         self.show("segmenting", done, total, f"{failures:,} without a mask" if failures else "")
 
+    def counting(self, done: int, total: int) -> None:
+        began, _ = self.first.setdefault("counting", (time.monotonic(), 0))
+        if time.monotonic() - began >= PLAIN_EVERY:  # most are counted sooner
+            self.show("counting", done, total, "")
+
+    def verifying(self, done: int, total: int) -> None:
+        if total:
+            self.show("verifying", done, total, "")
+
     def show(self, work: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
         began, already = self.first.setdefault(work, (now, done))
@@ -86,12 +97,7 @@ def size(count: float) -> str:
 def print_record(record: dict[str, Any], output: str) -> None:
     """The closing table of a run: what became of the images, how fast, what is in them, and how to ask for more."""
     console = Console(soft_wrap=True, highlight=False)
-    table = Table("status", "images", "share", box=None, header_style="bold", pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for status, images in sorted(record["statuses"].items(), key=lambda item: -item[1]):
-        table.add_row(status, f"{images:,}", f"{images / record['images']:.1%}")
-    console.print(table)
+    print_statuses(console, record["statuses"], record["reasons"])
     seconds, before = record["seconds"], record["shards_done_before"]
     pace = f"{record['images'] / max(seconds, 1e-9):,.1f} images/s" if not before else f"{before:,} shards done before"
     read, written = size(record["input_bytes"]), size(record["output_bytes"])
@@ -115,6 +121,24 @@ def print_record(record: dict[str, Any], output: str) -> None:
     if (protocol := segments.partition("://")[0]) != segments:
         console.print(f"first    duckdb.register_filesystem(fsspec.filesystem({protocol!r}))  (in Python)")
     console.print(f"query    {escape(example_query(segments))}")
+
+
+def print_statuses(console: Console, statuses: Mapping[str, int], reasons: Mapping[str, int]) -> None:
+    """What became of the images, and the most frequent reasons why some have no mask."""
+    table = Table("status", "images", "share", box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for status, images in sorted(statuses.items(), key=lambda item: -item[1]):
+        table.add_row(status, f"{images:,}", f"{images / sum(statuses.values()):.1%}")
+    console.print(table)
+    found = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    if not found:
+        return
+    console.print()
+    for reason, images in found[:REASONS_SHOWN]:
+        console.print(f"{images:>8,}  {escape(reason)}")
+    if rest := found[REASONS_SHOWN:]:
+        console.print(f"{sum(images for _, images in rest):>8,}  for {len(rest)} other reasons")
 
 
 def example_query(segments: str) -> str:

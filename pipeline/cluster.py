@@ -14,12 +14,15 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
-from pipeline.config import ConfigurationError, IndexSettings, SegmentSettings, worker_range
-from pipeline.storage import reason
+from pipeline.attempts import reason
+from pipeline.config import ClusterSettings, ConfigurationError, WorkerSettings, worker_range
 
 CPUS = 4  # of a worker without a GPU: more of them in one process get into each other's way in Python
 IMAGE_MEMORY = (256 << 20, 4 << 30)  # bytes: the least and the most by default
-TASK_RETRIES = 3  # of work whose worker dies; Ray's own default is for ever
+# Of work whose worker dies; Ray's own default is for ever. A shard may die twice of itself before it is done apart, and
+# then of the two shards beside it, each of which ends the worker twice before it is done apart too; while one waits for
+# that, no new one begins (`quarantine.Turns`). That makes six, and two more are for nodes that go.
+TASK_RETRIES = 8
 CHUNKS_AHEAD = 2  # for each CPU
 FAILED_SHARDS = 8  # after so many the store is down or the job is wrong, and going on helps nobody
 
@@ -27,7 +30,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def check_network(settings: SegmentSettings) -> None:
+def check_network(settings: WorkerSettings) -> None:
     """Raise `ConfigurationError` at once for what would fail later: Ray itself looks for a cluster for minutes."""
     address = ray_address(settings) or ""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -45,12 +48,12 @@ def check_network(settings: SegmentSettings) -> None:
         ) from None
 
 
-def ray_address(settings: IndexSettings) -> str | None:
+def ray_address(settings: ClusterSettings) -> str | None:
     return settings.ray_address or os.environ.get("RAY_ADDRESS")
 
 
 @contextlib.contextmanager
-def ray_session(settings: IndexSettings) -> Iterator[None]:
+def ray_session(settings: ClusterSettings) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray that ends with the block; quiet, as the listener speaks."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray.data  # noqa: PLC0415  (takes a second, for which a run that finds nothing to do need not wait)
@@ -80,7 +83,7 @@ def ray_session(settings: IndexSettings) -> Iterator[None]:
             ray.shutdown()
 
 
-def spread(settings: IndexSettings, work: Callable[[T], R], chunks: Iterator[T]) -> Iterator[R]:
+def spread(settings: ClusterSettings, work: Callable[[T], R], chunks: Iterator[T]) -> Iterator[R]:
     """`work` done to every chunk by the CPUs of the cluster, a few chunks ahead; the results in order."""
     with ray_session(settings):
         task: Any = ray.remote(num_cpus=1, max_retries=TASK_RETRIES)(do)
@@ -141,7 +144,7 @@ class Workers:
         return f"{count} worker{'s' * (self.most > 1)} with {kind}"
 
 
-def size_workers(settings: SegmentSettings, shards: int) -> Workers:
+def size_workers(settings: WorkerSettings, shards: int) -> Workers:
     """The pool for this cluster and `shards` of work: what the settings say, else all that there is room for."""
     resources = ray.cluster_resources()
     cluster_cpus, cluster_gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0)

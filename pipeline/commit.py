@@ -5,10 +5,13 @@
     segments/run=<run_id>/shard-<n>.parquet     one whole object each, under a name that the plan determines
     runs/<run_id>/run.json                      the commit, put once when every shard is there
 
-Resuming is listing what is there and doing the rest: a shard is never half there, and never there twice.
+Resuming is listing what is there and doing the rest: a shard is never half there, and never there twice. Everything is
+sealed, each file by what was put after it or by itself, so that `swath verify` can prove every bit of it.
 """
 
+import hashlib
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,6 +21,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config import ConfigurationError, StorageSettings
 from pipeline.plan import PART_SHARDS, Origin, Plan, PlannedImage, planned_images
 from pipeline.plan import SCHEMA as PLAN_SCHEMA
 from pipeline.schema import SUMMARY_KEY
@@ -27,6 +31,8 @@ from pipeline.totals import Totals
 
 CLAIMED = pa.schema([PLAN_SCHEMA.field("uri"), PLAN_SCHEMA.field("etag")])
 DIGEST = 16  # characters of a plan's digest that its files' names have
+RUNS_NAMED = 5  # where one is not found
+SHARD = re.compile(r"shard-(\d{6,})\.parquet")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class Run:
 
     store: Store
     id: str
+
+    @property
+    def url(self) -> str:
+        return f"{self.store.url.rstrip('/')}/runs/{self.id}"
 
     @property
     def plan_name(self) -> str:
@@ -80,10 +90,14 @@ class Run:
         lists = {name: tuple(found["origin"][name]) for name in ("input", "include", "exclude")}
         return Contents(**found | {"origin": Origin(**found["origin"] | lists)})
 
+    def plan_digest(self) -> str:
+        """SHA-256 of `plan.json`, for the record."""
+        return hashlib.sha256(self.store.read(self.plan_name)).hexdigest()
+
     def done(self) -> list[int]:
         """The shards that are there, in order."""
-        names = [name for name in self.store.names(self.folder) if name.startswith("shard-")]
-        return sorted(int(name.removeprefix("shard-").removesuffix(".parquet")) for name in names)
+        found = map(SHARD.fullmatch, self.store.names(self.folder))
+        return sorted(int(match[1]) for match in found if match)
 
     def put_shard(self, shard: int, data: bytes) -> None:
         self.store.put(self.shard_name(shard), data)
@@ -99,8 +113,7 @@ class Run:
 
     def open_shard(self, shard: int) -> pq.ParquetFile:
         """A shard's rows, of which only the columns that are asked for are read. Raises FileNotFoundError."""
-        source = self.store.arrow().open_input_file(self.store.path(self.shard_name(shard)))
-        return pq.ParquetFile(source, page_checksum_verification=True)
+        return pq.ParquetFile(self.store.open(self.shard_name(shard)), page_checksum_verification=True)
 
     def record(self) -> dict[str, Any] | None:
         """The run record, or None while the run is not complete."""
@@ -118,7 +131,7 @@ class Run:
 
 
 class PlanFiles:
-    """The images of each shard of a run, whose files are opened as they are needed. Many threads may use it."""
+    """The images of each shard of a run, whose files are read whole as they are needed. Many threads may use it."""
 
     def __init__(self, run: Run):
         contents = run.contents()
@@ -132,9 +145,26 @@ class PlanFiles:
         part, group = divmod(shard, PART_SHARDS)
         with self.lock:
             if not self.opened or self.opened[0] != part:
-                path = self.store.path(self.contents.parts[part])
-                self.opened = part, pq.ParquetFile(self.store.arrow().open_input_file(path))
+                source = pa.BufferReader(self.store.read(self.contents.parts[part]))
+                self.opened = part, pq.ParquetFile(source, page_checksum_verification=True)
             return planned_images(self.opened[1].read_row_group(group))
+
+
+def choose(url: str, settings: StorageSettings) -> Run:
+    """The run at OUTPUT/runs/ID, or in OUTPUT the one that was begun last. Raises `ConfigurationError`."""
+    output = Store(url, settings)
+    if found := runs(output):
+        return max(found, key=lambda run: (output.changed(run.plan_name), run.id))
+    folder, _, run_id = url.rstrip("/").rpartition("/")
+    if not folder.endswith("/runs"):
+        raise ConfigurationError(f"{output.url}: no run is here; give OUTPUT/runs/ID, or OUTPUT for its newest run")
+    found = runs(Store(folder.removesuffix("/runs") or "/", settings))
+    for run in found:
+        if run.id == run_id:
+            return run
+    known = ", ".join(run.id for run in found[-RUNS_NAMED:]) or "none"
+    more = f" and {len(found) - RUNS_NAMED:,} more" if len(found) > RUNS_NAMED else ""
+    raise ConfigurationError(f"{output.url}: no such run; there are: {known}{more}")
 
 
 def runs(output: Store) -> list[Run]:

@@ -44,6 +44,20 @@ class StorageSettings(BaseModel):
         {}, "any other fsspec option, as PROTOCOL.KEY=VALUE (gs.token=anon); repeatable", "Storage", "OPTION"
     )
 
+    retry_seconds: float = option(
+        120,
+        "how long what the store fails to do is tried again, with growing pauses, before it is given up",
+        "Storage",
+        "N",
+    )
+
+    @field_validator("retry_seconds")
+    @classmethod
+    def _not_negative(cls, value: float) -> float:
+        if not 0 <= value <= 86400:
+            raise ValueError("must be from 0 to 86400")
+        return value
+
     @field_validator("storage_option", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
@@ -63,7 +77,32 @@ class StorageSettings(BaseModel):
         return value
 
 
-class IndexSettings(StorageSettings):
+class ClusterSettings(StorageSettings):
+    """Which machines work together."""
+
+    ray_address: str | None = option(
+        None, "Ray cluster to run on (default: RAY_ADDRESS, else a local Ray for this run)", "Workers", "ADDRESS"
+    )
+
+
+class ReadingSettings(ClusterSettings):
+    """How a collection is read by them."""
+
+    requests: int | None = option(
+        None,
+        "requests in flight to the object store, in each process (default: 32 for headers; for images 8, and up to "
+        "128 as the store's latency wants)",
+        "Input",
+        "N",
+    )
+
+    @field_validator("requests")
+    @classmethod
+    def _at_least_one(cls, value: int | None) -> int | None:
+        return value if value is None else positive(value)
+
+
+class IndexSettings(ReadingSettings):
     """What `swath index` needs: a collection, and where its index goes."""
 
     input: tuple[str, ...] = Field(
@@ -89,17 +128,6 @@ class IndexSettings(StorageSettings):
         "Input",
         "NAME",
     )
-    requests: int | None = option(
-        None,
-        "requests in flight to the object store, in each process (default: 32 for headers; for images 8, and up to "
-        "128 as the store's latency wants)",
-        "Input",
-        "N",
-    )
-
-    ray_address: str | None = option(
-        None, "Ray cluster to run on (default: RAY_ADDRESS, else a local Ray for this run)", "Workers", "ADDRESS"
-    )
 
     @field_validator("input", "include", "exclude", mode="before")
     @classmethod
@@ -117,11 +145,6 @@ class IndexSettings(StorageSettings):
     @classmethod
     def _output(cls, value: str) -> str:
         return absolute(value)
-
-    @field_validator("requests")
-    @classmethod
-    def _at_least_one(cls, value: int | None) -> int | None:
-        return value if value is None else positive(value)
 
 
 class PlanSettings(IndexSettings):
@@ -194,15 +217,9 @@ class PlanSettings(IndexSettings):
         }
 
 
-class SegmentSettings(PlanSettings):
-    """What `swath segment` needs on top: the run and the machines."""
+class WorkerSettings(ReadingSettings):
+    """The machines that segment."""
 
-    run_id: str | None = option(
-        None,
-        "name of the run; the same id resumes it (default: an unfinished run, else a new one by the clock)",
-        "Run",
-        "ID",
-    )
     workers: str = option(
         "auto", "how many model workers: N, MIN:MAX, or auto for one a GPU or all CPUs", "Workers", "N"
     )
@@ -237,15 +254,6 @@ class SegmentSettings(PlanSettings):
     metrics_host: str = option("127.0.0.1", "address that the metrics endpoint binds to", "Metrics", "HOST")
     metrics_port: int = option(0, "port of the metrics endpoint (default: 0, any free one)", "Metrics", "PORT")
 
-    @field_validator("run_id")
-    @classmethod
-    def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and (
-            len(value) > 100 or not value.isascii() or not value.replace("-", "").replace("_", "").isalnum()
-        ):
-            raise ValueError("use letters, digits, - and _ only, at most 100")
-        return value
-
     @field_validator("workers", mode="before")
     @classmethod
     def _workers(cls, value: Any) -> str:
@@ -270,6 +278,68 @@ class SegmentSettings(PlanSettings):
         if not 0 <= value <= 65535:
             raise ValueError("must be from 0 to 65535")
         return value
+
+
+class SegmentSettings(PlanSettings, WorkerSettings):
+    """What `swath segment` needs on top: the run and the machines."""
+
+    run_id: str | None = option(
+        None,
+        "name of the run; the same id resumes it (default: an unfinished run, else a new one by the clock)",
+        "Run",
+        "ID",
+    )
+
+    @field_validator("run_id")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and (
+            len(value) > 100 or not value.isascii() or not value.replace("-", "").replace("_", "").isalnum()
+        ):
+            raise ValueError("use letters, digits, - and _ only, at most 100")
+        return value
+
+
+class RunArgument(BaseModel):
+    """A run that is there already."""
+
+    run: str = Field(description="a run (s3://bucket/masks/runs/ID), or where segment writes, for its newest run")
+
+    @field_validator("run")
+    @classmethod
+    def _run(cls, value: str) -> str:
+        return absolute(value)
+
+
+class StatusSettings(RunArgument, StorageSettings):
+    """What `swath status` needs."""
+
+    as_json: bool = Field(
+        False,
+        alias="json",  # a name that pydantic's own classes have taken
+        description="print one JSON object, for scripts",
+        json_schema_extra={"group": "Run", "metavar": None},
+    )
+
+
+class RetrySettings(RunArgument, WorkerSettings):
+    """What `swath retry` needs on top of the run's own settings, which are in its record."""
+
+    unreadable: bool = option(False, "also images whose status is unreadable, not only missing and failed", "Run")
+    checkpoint: str | None = option(
+        None, "the same SegFormer weights, where they have moved (default: where the run had them)", "Model", "URL"
+    )
+
+
+class VerifySettings(ClusterSettings):
+    """What `swath verify` needs."""
+
+    output: str = Field(description="where segment has written: any fsspec URL (/data/masks, s3://bucket/masks)")
+
+    @field_validator("output")
+    @classmethod
+    def _output(cls, value: str) -> str:
+        return absolute(value)
 
 
 def absolute(url: str) -> str:
@@ -321,7 +391,8 @@ def complaint(kind: type[BaseModel], name: str, error: Any) -> str:
     """One readable line about one invalid setting."""
     match error["type"]:
         case "extra_forbidden":
-            near = difflib.get_close_matches(name, kind.model_fields, n=1)
+            known = [info.alias or field for field, info in kind.model_fields.items()]
+            near = difflib.get_close_matches(name, known, n=1)
             return f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
         case "missing":
             return f"{name} is missing; see --help"

@@ -14,14 +14,15 @@ from typing import Any, Protocol
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.attempts import ERRORS, reason
 from pipeline.config import ConfigurationError, IndexSettings
 from pipeline.containers import ContainerError, NoImagesError, kind_of, members
 from pipeline.decode import DecodeError, read_header
 from pipeline.inputs import list_inputs, nothing_found, why_not
 from pipeline.reader import HEAD, ChangedError, ObjectFile, Reader
-from pipeline.storage import ERRORS, Store, reason
+from pipeline.seal import write_sealed
+from pipeline.storage import Store
 from pipeline.tables import make_room, stored
 
 REQUESTS = 32  # in flight in each process, where nothing else is said
@@ -251,12 +252,11 @@ def add_part(output: Store, tables: list[pa.Table]) -> None:
     table = pa.concat_tables([SCHEMA.empty_table(), *tables])
     if not len(table):
         return
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
+    data = write_sealed(table, compression="zstd", write_page_checksum=True)
     number = len(output.names("index"))
     while True:
         try:
-            output.put(f"index/part-{number:05d}.parquet", buffer.getvalue().to_pybytes(), only_new=True)
+            output.put(f"index/part-{number:05d}.parquet", data, only_new=True)
             return
         except FileExistsError:
             number += 1

@@ -23,10 +23,12 @@ import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
 from pipeline import manifests
+from pipeline.attempts import ERRORS, reason
 from pipeline.config import ConfigurationError, IndexSettings
 from pipeline.containers import extension, image_column, is_image_name, is_utf8, kind_of
+from pipeline.filesystems import public_url
 from pipeline.reader import ObjectFile, Reader
-from pipeline.storage import ERRORS, Entry, Store, public_url, reason
+from pipeline.storage import Entry, Store
 
 SCHEMA = pa.schema(
     [

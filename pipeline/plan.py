@@ -31,7 +31,7 @@ SHARD_PIXELS = 1 << 30  # of all its images together, as a worker holds their ma
 SHARD_INPUT = 1 << 29  # pixels that the network sees: a few minutes of B0 on two cores
 BLOCK = 16  # images that are never parted, so that batches are full
 SHARDS_BEHIND = 64  # that wait to be written, while the next are sorted and cut
-PART_SHARDS = 1_000  # in one file, whose footer every worker reads
+PART_SHARDS = 100  # in one file, which a worker reads whole: 10 MB at most
 DECODING = 16  # pixels decoded in the time in which the network does one of its input, roughly
 MASK_BYTES_PER_PIXEL = 0.015  # of a PNG mask, as `make demo` measures and prints
 BATCH_ROWS = 200_000  # from DuckDB at once
@@ -80,6 +80,7 @@ class Origin:
     exclude: tuple[str, ...]
     policy: str
     model_version: str
+    retries: str = ""  # the run whose failures it does again
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,34 @@
 """Objects at any URI, read: the first bytes, a range, or all of them, in the version that was asked for.
 
 A collection may lie in many places (a manifest says where), so this knows no root: each URI leads to its own store.
-Local files and S3 say with each read which version its bytes are; of other stores only the length is compared.
+Local files and S3 say with each read which version its bytes are; of other stores only the length is compared. What a
+store fails to give is asked for again, and so is a whole object whose bytes are not those of its etag, where that is
+their MD5: nothing else would notice a flipped bit on the way through plain HTTP, or in a proxy.
 """
 
+import hashlib
 import io
 import os
+import re
 import threading
+from collections import Counter
+from itertools import count
 from typing import Any
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
+from pipeline.attempts import ERRORS, PassingError, error_code, patiently
 from pipeline.config import StorageSettings
-from pipeline.s3 import Fetcher, Piece, fetcher
-from pipeline.storage import ERRORS, error_code, etag_of, local_etag, regular_file, storage_options
+from pipeline.filesystems import etag_of, local_etag, open_filesystem, regular_file
+from pipeline.s3 import Fetcher, Piece, fetcher, get_object
 
 HEAD = 8 << 10  # bytes of the first read: enough for most images without an EXIF thumbnail or a colour profile
 ONE_FOR_ALL = ("file", "s3", "s3a", "http", "https")  # protocols whose every host and bucket one client reaches
 AHEAD = 256 << 10  # bytes of the next one, where that was not enough
+MD5 = re.compile(r"[0-9a-f]{32}")  # an object put in one piece, unless the store has encrypted it with a key of its own
+SURE = 3  # readings that agree with each other are right, and the etag is no MD5
 
 
 class ChangedError(Exception):
@@ -33,16 +41,23 @@ class Reader:
     def __init__(self, settings: StorageSettings):
         self.settings = settings
         self.stores: dict[str, tuple[AbstractFileSystem, Fetcher | None]] = {}
+        self.has_md5: dict[str, bool] = {}  # by place, where it is known
         self.opening = threading.Lock()
 
-    def fetch(self, uri: str, etag: str, size: int) -> bytes:
+    def fetch(self, uri: str, etag: str = "", size: int = 0) -> bytes:
         """All of an object. Raises `ChangedError` where its etag or size is another, unless `etag` is empty; and
-        FileNotFoundError or another of `storage.ERRORS`.
+        FileNotFoundError or another of `attempts.ERRORS`, when `retry_seconds` are over.
         """
-        piece = self.get(uri, 0, size + 1 if etag and size else None, etag)
-        if etag and len(piece.data) != size:
-            raise ChangedError(uri)
-        return piece.data
+        attempts, readings = count(), Counter[str]()
+
+        def whole() -> bytes:
+            piece = self.piece(uri, 0, size + 1 if etag and size else None, etag, next(attempts))
+            if etag and len(piece.data) != size:
+                raise ChangedError(uri)
+            self.check(uri, piece, readings)
+            return piece.data
+
+        return patiently(whole, self.settings.retry_seconds)
 
     def fetch_part(self, uri: str, etag: str, start: int, size: int) -> bytes:
         """`size` bytes of an object from `start` on. Raises as `fetch`."""
@@ -53,36 +68,37 @@ class Reader:
 
     def get(self, uri: str, start: int, end: int | None, etag: str = "") -> Piece:
         """Bytes `start` to `end`, or fewer where the object ends before. Raises as `fetch`."""
+        attempts = count()
+        return patiently(lambda: self.piece(uri, start, end, etag, next(attempts)), self.settings.retry_seconds)
+
+    def piece(self, uri: str, start: int, end: int | None, etag: str, attempt: int) -> Piece:
+        """The same, tried once; `attempt` counts from 0."""
         filesystem, sooner = self.store(uri)
         path = filesystem._strip_protocol(uri)
         if isinstance(filesystem, LocalFileSystem):
-            if not regular_file(path):  # reading a pipe or a device might never end
-                raise FileNotFoundError(path)
-            with open(path, "rb") as file:
-                found = os.fstat(file.fileno())
-                file.seek(start)
-                piece = Piece(file.read(-1 if end is None else end - start), local_etag(found), found.st_size)
-        elif sooner and (sooner_found := sooner.fetch(path, start, end)):
-            piece = sooner_found
+            piece = local_piece(path, start, end)
+        elif "s3" in filesystem.protocol:
+            found = sooner.fetch(path, start, end) if sooner and not attempt else None
+            piece = found or s3_piece(filesystem, path, start, end)
         else:
-            return self.slowly(filesystem, path, start, end, etag)
+            piece = other_piece(filesystem, path, start, end, etag)
         if etag and piece.etag != etag:
             raise ChangedError(uri)
         return piece
 
-    def slowly(self, filesystem: AbstractFileSystem, path: str, start: int, end: int | None, etag: str) -> Piece:
-        """By fsspec, which does not say of which version the bytes are; that is asked only where nothing is known."""
-        if etag:
-            try:
-                return Piece(filesystem.cat_file(path, start=start or None, end=end), etag, -1)
-            except OSError as error:
-                if error_code(error) == "InvalidRange":  # it is shorter now
-                    raise ChangedError(path) from None
-                raise
-        found = filesystem.info(path)
-        size = int(found.get("size") or 0)
-        is_empty = end is not None and start >= min(end, size)  # S3 has no range of an empty object
-        return Piece(b"" if is_empty else filesystem.cat_file(path, start=start or None, end=end), etag_of(found), size)
+    def check(self, uri: str, piece: Piece, readings: Counter[str]) -> None:
+        """Raise `PassingError` where a whole object is not what its etag says, until readings agree that it is."""
+        place = "/".join(uri.split("/", 3)[:3])
+        if not MD5.fullmatch(piece.etag) or not self.has_md5.get(place, True):
+            return
+        found = hashlib.md5(piece.data, usedforsecurity=False).hexdigest()
+        if found == piece.etag:
+            self.has_md5[place] = True
+            return
+        readings[found] += 1
+        if readings[found] < SURE:
+            raise PassingError("checksum", f"{uri}: its bytes are not those of its etag")
+        self.has_md5.setdefault(place, False)
 
     def store(self, uri: str) -> tuple[AbstractFileSystem, Fetcher | None]:
         """The file system of a URI, and what gets S3 objects sooner, where that can be."""
@@ -91,11 +107,38 @@ class Reader:
         with self.opening:
             if place not in self.stores:
                 try:
-                    filesystem, _ = url_to_fs(uri, **storage_options(uri, self.settings))
+                    filesystem, _ = open_filesystem(uri, self.settings)
                 except (ValueError, ImportError, TypeError) as error:
                     raise OSError(f"{protocol}://: {error}") from None
                 self.stores[place] = filesystem, fetcher(filesystem, self.settings.storage_option)
             return self.stores[place]
+
+
+def local_piece(path: str, start: int, end: int | None) -> Piece:
+    if not regular_file(path):  # reading a pipe or a device might never end
+        raise FileNotFoundError(path)
+    with open(path, "rb") as file:
+        found = os.fstat(file.fileno())
+        file.seek(start)
+        return Piece(file.read(-1 if end is None else end - start), local_etag(found), found.st_size)
+
+
+def s3_piece(filesystem: AbstractFileSystem, path: str, start: int, end: int | None) -> Piece:
+    try:
+        return get_object(filesystem, path, start, end)
+    except OSError as error:
+        if error_code(error) != "InvalidRange":
+            raise
+    found = filesystem.info(path)  # it ends before; S3 has no range of an empty object
+    return Piece(b"", etag_of(found), int(found["size"]))
+
+
+def other_piece(filesystem: AbstractFileSystem, path: str, start: int, end: int | None, etag: str) -> Piece:
+    """By fsspec, which does not say of which version the bytes are; that is asked only where nothing is known."""
+    if etag:
+        return Piece(filesystem.cat_file(path, start=start or None, end=end), etag, -1)
+    found = filesystem.info(path)
+    return Piece(filesystem.cat_file(path, start=start or None, end=end), etag_of(found), int(found.get("size") or 0))
 
 
 class ObjectFile(io.RawIOBase):

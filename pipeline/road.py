@@ -21,16 +21,19 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+import torch
 
 from model.labels import LabelSet
 from model.predictor import Predictor, use_threads
 from model.segmentation import Segmentation
+from pipeline import attempts
+from pipeline.attempts import CREDENTIALS, ERRORS, error_code, reason
 from pipeline.config import SegmentSettings
 from pipeline.containers import ContainerError, Images
 from pipeline.decode import DecodeError, decode, resize
@@ -40,9 +43,7 @@ from pipeline.policy import parse_policy
 from pipeline.reader import ChangedError
 from pipeline.schema import Outcome
 from pipeline.stages import Clock, Gate, Stage
-from pipeline.storage import CREDENTIALS, ERRORS, error_code, reason
 
-FETCH_ATTEMPTS = 3
 FEWEST_REQUESTS, MOST_REQUESTS = 8, 128  # in flight: at first, and as many as the store's latency may make of them
 SUITED_EVERY = 32  # images
 SPARE = 2  # times the requests that are wanted at the mean latency
@@ -51,6 +52,12 @@ DEEP = {"tiff": 70, "jpeg2000": 28}  # the same where more were: 8 to 16 for mos
 SCALED = 6  # bytes a pixel of the network's input, and of the batch that it is copied into
 UNSCALED = 3  # the same of an image whose windows are copied as the network comes to them
 MASKED = 3  # bytes a pixel, and a byte of its class id, of a mask that is made and encoded
+PAUSES = (1.0, 4.0)  # seconds before an image alone is tried again, when there was no memory for it
+ALLOCATION_FAILED = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "ALLOC_FAILED",
+)  # PyTorch, CUDA, its libraries
 CHANGED = Outcome("changed", "the object is another one than was indexed; run again")
 FAILED = Outcome("failed")  # of an image whose shard has failed, and is never put
 
@@ -65,6 +72,7 @@ class Shard:
     fetched: bool = False  # whether any object could be read
     failure: BaseException | None = None  # the store's, of an object that could not
     batches: list[int] = field(default_factory=list)  # images in each that the network has seen
+    halved: list[int] = field(default_factory=list)  # images or windows in each that was too large for its memory
     results: queue.SimpleQueue[tuple[int, Outcome]] = field(default_factory=queue.SimpleQueue)
 
     def outcomes(self) -> Iterator[tuple[int, Outcome]]:
@@ -151,7 +159,8 @@ class Road:
         self.batch_pixels = settings.batch_pixels or predictor.batch_pixels
         self.gate, self.decoder = Gate(memory // 2), Gate(memory // 2)
         self.largest, self.largest_unplanned, self.activations = Load(0, 0), 0, 0  # so far, for `bound`
-        self.fed = self.retries = self.retries_seen = 0
+        self.fed, self.retries_seen = 0, attempts.retries.total()
+        self.fitting: dict[str, int] = {}  # images, or windows, of a bucket at once, where more did not fit the device
         self.shards: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
         pool, requests = max(2, threads), settings.requests or FEWEST_REQUESTS
         enter_lane, lanes = predictor.enter_lane, predictor.lanes
@@ -207,7 +216,8 @@ class Road:
 
     def suit(self) -> None:
         """Have as many requests in flight as the store's latency wants, so that fetching does not bound the rest."""
-        held_back, self.retries_seen = self.retries > self.retries_seen, self.retries
+        retries = attempts.retries.total()
+        held_back, self.retries_seen = retries > self.retries_seen, retries
         latency, encoded = self.fetching.seconds_each(), self.encoding.clock.count["encode"]
         if held_back or not latency or not encoded:  # a store that is asked again has too many requests as it is
             return
@@ -255,7 +265,7 @@ class Road:
             item.outcome = Outcome("too_large", f"{image.width}x{image.height} is over --max-pixels {limit:,}")
             return
         try:
-            item.data = self.read(image)
+            item.data = self.source.fetch(image)
         except FileNotFoundError:
             item.outcome = Outcome("missing", "the object is gone since it was indexed")
         except ChangedError:
@@ -269,18 +279,6 @@ class Road:
             item.outcome = Outcome("failed", reason(error))
         else:
             item.job.fetched = True
-
-    def read(self, image: PlannedImage) -> bytes:
-        """The image's bytes; a store that fails is asked again."""
-        for attempt in range(FETCH_ATTEMPTS - 1):
-            try:
-                return self.source.fetch(image)
-            except (FileNotFoundError, PermissionError):
-                raise
-            except ERRORS:
-                self.retries += 1
-                time.sleep(2**attempt)
-        return self.source.fetch(image)
 
     def decode(self, item: Item) -> None:
         """Bytes to pixels at the size that the network wants."""
@@ -318,41 +316,57 @@ class Road:
 
     def infer(self, batch: Batch) -> None:
         """Run the network over what has pixels. Almost always that has one bucket; each has its turn."""
+        segment = self.unscaled if self.policy.native else self.scaled
         for bucket in {item.outcome.bucket for item in batch.items if item.outcome and item.outcome.bucket}:
             items = [item for item in batch.items if item.outcome and item.outcome.bucket == bucket]
-            images = [item.pixels for item in items if item.pixels is not None]
-            sizes = [(item.outcome.height or 0, item.outcome.width or 0) for item in items if item.outcome]
-            segment = self.unscaled if self.policy.native else self.scaled
-            started = time.perf_counter()
-            is_ready, segmentations = segment(images, sizes, *bucket_size(bucket))
-            for item, found in zip(items, segmentations, strict=True):
-                item.pixels, item.found = None, found
-            batch.job.batches.append(len(items))
-            if not is_ready:  # a part of the stage's time that is worth knowing
-                batch.job.clock.add("compile", "busy", time.perf_counter() - started)
+            while items:
+                items = items[segment(items, bucket) :]
 
-    def scaled(
-        self, images: list[np.ndarray], sizes: list[tuple[int, int]], height: int, width: int
-    ) -> tuple[bool, list[Segmentation]]:
-        """Whether the network was compiled, and what it says of images that have been scaled to its input."""
-        masks = sum(math.prod(size) for size in sizes)
-        held = self.predictor.activations(len(images) * height * width, masks)
+    def scaled(self, items: list[Item], bucket: str) -> int:
+        """Have the network see images that have been scaled to its input; with how many of the first it is done."""
+        height, width = bucket_size(bucket)
+        some = items[: self.fitting.get(bucket)]
+        images, sizes = pixels_and_sizes(some)
+        held = self.predictor.activations(len(some) * height * width, sum(map(math.prod, sizes)))
         self.activations = max(self.activations, held)
-        is_ready = self.predictor.is_ready_for((len(images), height, width, 3))
-        return is_ready, self.predictor(np.stack(images), sizes)
+        return self.run(some, bucket, len(some), lambda: self.predictor(np.stack(images), sizes))
 
-    def unscaled(
-        self, images: list[np.ndarray], sizes: list[tuple[int, int]], height: int, width: int
-    ) -> tuple[bool, list[Segmentation]]:
-        """The same of images that it sees through windows of this size."""
-        tiling = self.policy.native
+    def unscaled(self, items: list[Item], bucket: str) -> int:
+        """The same of images that it sees through windows of the bucket's size."""
+        tiling, (height, width) = self.policy.native, bucket_size(bucket)
         assert tiling
+        most = self.fitting.get(bucket)
+        some = items[:1] if most == 1 else items  # where not even two windows fit, what else is held matters too
+        images, sizes = pixels_and_sizes(some)
         windows = sum(self.policy.windows(*size) for size in sizes)
-        batch = min(windows, self.predictor.full_batch(batch_size(height, width, self.batch_pixels)))
+        batch = min(windows, self.predictor.full_batch(batch_size(height, width, self.batch_pixels)), most or windows)
         held = self.predictor.activations_through_windows(sizes, tiling, batch)
         self.activations = max(self.activations, held)
-        is_ready = self.predictor.is_ready_for((batch, height, width, 3))
-        return is_ready, self.predictor.through_windows(images, tiling, batch)
+        return self.run(some, bucket, batch, lambda: self.predictor.through_windows(images, tiling, batch))
+
+    def run(self, items: list[Item], bucket: str, batch: int, network: Callable[[], list[Segmentation]]) -> int:
+        """Have the network see these images, so many of them or of their windows at once; with how many it is done.
+
+        A batch that does not fit into the device's memory is halved, and no later one of the bucket is larger. One
+        that cannot be halved is tried a few times, as others may have the memory for the moment, and then has failed.
+        """
+        job, is_least = items[0].job, batch == len(items) == 1
+        is_ready, started = self.predictor.is_ready_for((batch, *bucket_size(bucket), 3)), time.perf_counter()
+        if found := within_memory(network, PAUSES if is_least else ()):
+            for item, segmentation in zip(items, found, strict=True):
+                item.pixels, item.found = None, segmentation
+            job.batches.append(len(items))
+            if not is_ready:  # a part of the stage's time that is worth knowing
+                job.clock.add("compile", "busy", time.perf_counter() - started)
+        elif is_least:
+            error = f"does not fit the device's memory at {bucket}, even alone; see --policy, or take a larger device"
+            items[0].pixels, items[0].outcome = None, replace(items[0].outcome or FAILED, status="failed", error=error)
+        else:
+            half = self.predictor.full_batch(max(1, (batch + 1) // 2))
+            self.fitting[bucket] = min(half, self.fitting.get(bucket, half))
+            job.halved.append(batch)
+            return 0
+        return len(items)
 
     def inferred(self, batch: Batch) -> list[Item]:
         """Its images, which go on by themselves."""
@@ -370,3 +384,29 @@ class Road:
         self.gate.give_back(item.load.waiting)
         item.job.results.put((item.number, item.outcome or FAILED))
         return []
+
+
+def pixels_and_sizes(items: list[Item]) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+    """The pixels of images, and their own (height, width)."""
+    found = [(item.pixels, item.outcome) for item in items]
+    images = [pixels for pixels, _ in found if pixels is not None]
+    return images, [(outcome.height or 0, outcome.width or 0) for _, outcome in found if outcome]
+
+
+def within_memory(network: Callable[[], list[Segmentation]], pauses: Sequence[float]) -> list[Segmentation]:
+    """What the network says, asked again after each of `pauses` (seconds); nothing when it never had the memory."""
+    for pause in (*pauses, 0):
+        try:
+            return network()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()  # not above: the error still held what had been computed
+        time.sleep(pause)
+    return []
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of the network says that the device, or the host, has not enough memory."""
+    is_named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_named or any(words in str(error) for words in ALLOCATION_FAILED)

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,10 +20,12 @@ from typing import Any, Protocol
 import ray
 import ray.exceptions
 import torch
+from fsspec.utils import get_protocol
 
-from model.checkpoint import Checkpoint, load_checkpoint, model_version
+from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, model_version
 from model.predictor import EngineError, choose_engine
 from pipeline import schema
+from pipeline.attempts import agreed
 from pipeline.cluster import (
     FAILED_SHARDS,
     TASK_RETRIES,
@@ -36,13 +38,15 @@ from pipeline.cluster import (
 )
 from pipeline.commit import Contents, Run, claimed, leave_out, unfinished
 from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
+from pipeline.filesystems import public_url, storage_options
 from pipeline.index import update_index
 from pipeline.inputs import summary
-from pipeline.metrics import start_hub
+from pipeline.metrics import choose_port, start_hub
 from pipeline.plan import Origin, Plan, make_plan, most_work_first
 from pipeline.policy import parse_policy
+from pipeline.seal import sealed
 from pipeline.segment import SHARDS_AHEAD, Job, Segmenter
-from pipeline.storage import Store, public_url, storage_options
+from pipeline.storage import Store
 from pipeline.tables import Workspace, workspace
 from pipeline.totals import Totals, add
 
@@ -88,6 +92,26 @@ def segment(settings: SegmentSettings, listener: Listener, worker: type[Segmente
     version = model_version(checkpoint.digest, settings.mask_settings())
     inputs = tuple(public_url(Store(url, settings).uri("")) for url in settings.input)
     origin = Origin(inputs, settings.include, settings.exclude, settings.policy, version)
+
+    def new_plan(space: Workspace) -> Plan:
+        return index_and_plan(settings, output, version, space, listener)
+
+    result = do_run(settings, checkpoint, output, origin, new_plan, listener, worker)
+    if not result.record:
+        listener.say("nothing new: every image has a row from this model version")
+    return result
+
+
+def do_run(
+    settings: SegmentSettings,
+    checkpoint: Checkpoint,
+    output: Store,
+    origin: Origin,
+    new_plan: Callable[[Workspace], Plan],
+    listener: Listener,
+    worker: type[Segmenter],
+) -> Result:
+    """Do the run of this origin, as it was planned, or as `new_plan` says. Raises `IncompleteRunError`."""
     run = find_run(settings, output, origin, listener)
     if record := run.record():
         listener.say(
@@ -95,9 +119,8 @@ def segment(settings: SegmentSettings, listener: Listener, worker: type[Segmente
             "(leave out --run-id for images that came later)"
         )
         return Result(record, is_new=False)
-    plan = prepare(settings, run, origin, listener)
+    plan = prepare(run, origin, new_plan)
     if not plan:
-        listener.say("nothing new: every image has a row from this model version")
         return Result(None, is_new=False)
     started = time.time()
     stretch = segment_shards(settings, checkpoint, run, plan, listener, worker)
@@ -115,7 +138,23 @@ def check_engine(settings: SegmentSettings, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(settings: PlanSettings) -> Checkpoint:
-    return load_checkpoint(settings.checkpoint, storage_options(settings.checkpoint, settings))
+    """The network. What comes from S3 may come damaged: it is read until two readings agree, or fail, alike."""
+
+    def read() -> Checkpoint | CheckpointError:
+        try:
+            # not the file system of others, which does not try again by itself
+            options = storage_options(settings.checkpoint, settings) | {"skip_instance_cache": True}
+            return load_checkpoint(settings.checkpoint, options)
+        except CheckpointError as error:
+            return error
+
+    def told(found: Checkpoint | CheckpointError) -> str:
+        return str(found) if isinstance(found, CheckpointError) else found.digest
+
+    found = agreed(read, told) if get_protocol(settings.checkpoint) in ("s3", "s3a") else read()
+    if isinstance(found, CheckpointError):
+        raise found
+    return found
 
 
 def find_run(settings: SegmentSettings, output: Store, origin: Origin, listener: Listener) -> Run:
@@ -141,13 +180,13 @@ def check_origin(run: Run, origin: Origin) -> None:
         )
 
 
-def prepare(settings: SegmentSettings, run: Run, origin: Origin, listener: Listener) -> Contents | None:
+def prepare(run: Run, origin: Origin, new_plan: Callable[[Workspace], Plan]) -> Contents | None:
     """What the run is to do: an existing plan as it is, or a new one; None when there is nothing new."""
     if not (contents := run.contents()):
         if run.done():
             raise ConfigurationError(f"run {run.id} is another version's, which can finish it; use another --run-id")
         with workspace() as space:
-            plan = index_and_plan(settings, run.store, origin.model_version, space, listener)
+            plan = new_plan(space)
             if not plan.shards:
                 return None
             with contextlib.suppress(FileExistsError):  # another driver's plan, or our own after a lost reply
@@ -200,13 +239,10 @@ def segment_shards(
         return Stretch(len(done))
     with ray_session(settings):
         workers = size_workers(settings, len(todo))
-        hub = start_hub(run.id, version)
-        hub.plan.remote(images, shards)
-        for shard, totals in zip(done, run.totals(done), strict=True):
-            hub.finish.remote(shard, totals)
+        hub = start_hub(settings, run.id, version, images, shards, choose_port(settings))
         job = Job(settings, run.id, version, workers.cpus, workers.gpus, workers.memory)
         dataset = build_dataset(todo, job, checkpoint, hub, workers, worker)
-        listener.say(f"run {run.id} on {workers}; metrics: {serve_metrics(settings, hub)}")
+        listener.say(f"run {run.id} on {workers}; metrics: {ray.get(hub.address.remote())}")
         with watching(hub, images, listener):
             errors = failed_shards(dataset)
         memory = ray.get(hub.worker_memory.remote())
@@ -286,9 +322,11 @@ def commit(
         **asdict(totals),
         "busy_shares": {stage: round(share, 4) for stage, share in totals.busy_shares().items()},
         "files": [run.shard_name(shard) for shard in shards],
+        "plan_sha256": run.plan_digest(),
         "versions": {"python": platform.python_version()}
         | {name: installed(name) for name in ("swath", "ray", "torch", "pyarrow")},
     }
+    record = sealed(record)
     run.commit(record)
     return record
 
@@ -298,12 +336,6 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def serve_metrics(settings: SegmentSettings, hub: Any) -> str:
-    """Start the endpoint; its URL."""
-    port = ray.get(hub.serve.remote(settings.metrics_host, settings.metrics_port))
-    return f"http://{settings.metrics_host}:{port}/metrics"
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
-"""S3 objects at a fraction of what s3fs spends on a request, which is more CPU time than decoding the image takes.
+"""S3 objects, in whole or in part, together with the version that the bytes are of.
 
-obstore fetches, in Rust and without the interpreter's lock. It is asked for nothing else, and nothing depends on it:
-where it does not get an object, s3fs is asked, which knows every kind of server, key and error; and where it never gets
-one, it is not asked any more.
+obstore fetches them at a fraction of what s3fs spends on a request, which is more CPU time than decoding the image
+takes: in Rust and without the interpreter's lock. It is asked for nothing else, and nothing depends on it: where it
+does not get an object, s3fs is asked, which knows every kind of server, key and error; and where it never gets one, it
+is not asked any more.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,13 +15,17 @@ from typing import Any
 
 import botocore.session
 import obstore
+from fsspec.asyn import sync
 from obstore.exceptions import BaseError, GenericError
 from obstore.store import S3Store
 from s3fs import S3FileSystem
 
+from pipeline.attempts import PassingError, cause_of_reply
+
 FAILURES = 20  # one after the other, and this is no client for this server
 CREDENTIALS_FOR = timedelta(minutes=5)  # then botocore is asked again, which renews those that end
 TIMEOUTS = {"connect_timeout": "5s", "timeout": "60s"}
+STATUS = re.compile(r"\bstatus (\d{3})\b")  # in obstore's words
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,10 @@ class Fetcher:
         self.failures = 0
 
     def fetch(self, path: str, start: int, end: int | None) -> Piece | None:
-        """Bytes `start` to `end`, or to the last, of the object at "bucket/key"; None where s3fs should be asked."""
+        """Bytes `start` to `end`, or to the last, of the object at "bucket/key"; None where s3fs should be asked.
+
+        Raises `PassingError` for what is to be tried again, by s3fs too.
+        """
         bucket, _, key = path.partition("/")
         if self.failures >= FAILURES or key != key.strip("/"):  # it would strip them too, and get another object
             return None
@@ -60,14 +69,40 @@ class Fetcher:
                 self.stores[bucket] = S3Store(bucket, **self.options)
             found = obstore.get(self.stores[bucket], key, options={} if end is None else {"range": (start, end)})
             piece = Piece(bytes(found.bytes()), (found.meta["e_tag"] or "").strip('"'), found.meta["size"])
-        except GenericError:  # of the connection or the server, or of what this client does not know
+        except GenericError as error:  # of the connection or the server, or of what this client does not know
             self.failures += 1
+            words = str(error).splitlines()[0]  # behind it are the client's settings
+            raise PassingError(cause_of(words), f"{bucket}/{key}: {words}") from None
         except (BaseError, ValueError):  # missing, denied, or a key that it does not take
             pass
         else:
             self.failures = 0
             return piece
         return None
+
+
+def get_object(filesystem: S3FileSystem, path: str, start: int, end: int | None) -> Piece:
+    """The same as `Fetcher.fetch` by s3fs. Raises as it does; OSError with the code InvalidRange beyond the end."""
+    bucket, key, version = filesystem.split_path(path)
+    options = {"VersionId": version} if version else {}
+    if start or end is not None:
+        options["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+
+    async def get() -> Piece:
+        found = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **options)
+        async with found["Body"] as body:
+            data = await body.read()
+        size = int(found["ContentRange"].rpartition("/")[2]) if "ContentRange" in found else found["ContentLength"]
+        return Piece(data, found["ETag"].strip('"'), size)
+
+    return sync(filesystem.loop, get)
+
+
+def cause_of(words: str) -> str:
+    """Which of `attempts.CAUSES` obstore's words mean."""
+    if found := STATUS.search(words):
+        return cause_of_reply("", int(found[1])) or "server"
+    return "timeout" if "timed out" in words else "connection"
 
 
 def fetcher(filesystem: Any, options: dict[str, Any]) -> Fetcher | None:

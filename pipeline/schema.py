@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from model.labels import LabelSet
 from model.segmentation import Segmentation
 from pipeline.plan import PlannedImage
+from pipeline.seal import write_sealed
 
 VERSION = 1
 STATUSES = ("ok", "missing", "changed", "unreadable", "unsupported", "too_large", "failed")
@@ -103,12 +103,10 @@ def classes(found: Segmentation, labels: LabelSet) -> list[dict]:
 
 
 def encode_shard(rows: list[dict], metadata: dict[bytes, bytes]) -> bytes:
-    """Rows as one Parquet file: zstd (masks are compressed already), page checksums, statistics."""
+    """Rows as one Parquet file: zstd (masks are compressed already), page checksums, statistics, a seal."""
     table = pa.Table.from_pylist(rows, SEGMENTS.with_metadata({b"swath.schema": str(VERSION).encode(), **metadata}))
-    buffer = pa.BufferOutputStream()
     compression = {name: "none" if name == "mask" else "zstd" for name in column_paths()}
-    pq.write_table(table, buffer, compression=compression, write_page_checksum=True, use_dictionary=dictionary_paths())
-    return buffer.getvalue().to_pybytes()
+    return write_sealed(table, compression=compression, write_page_checksum=True, use_dictionary=dictionary_paths())
 
 
 def column_paths() -> list[str]:

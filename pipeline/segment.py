@@ -5,9 +5,11 @@ is fed to the road, one is on it, one is being put, so that the network never wa
 """
 
 import logging
+import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,21 +19,26 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.predictor import Predictor
+from pipeline.attempts import ERRORS, reason, take_retries
 from pipeline.commit import PlanFiles, Run
 from pipeline.config import SegmentSettings
 from pipeline.containers import Images
+from pipeline.metrics import BEAT
 from pipeline.plan import PlannedImage
+from pipeline.quarantine import DEATHS, Quarantine, Sender, Turns, along
 from pipeline.reader import Reader
 from pipeline.road import Road, Shard
 from pipeline.schema import SUMMARY_KEY, Outcome, encode_shard, row
 from pipeline.stages import STATES
-from pipeline.storage import ERRORS, Store, reason
-from pipeline.totals import Totals
+from pipeline.storage import Store
+from pipeline.totals import Totals, count_reasons
 
 SHARDS_AHEAD = 3  # given to a worker at once: one that is fed, one that drains, one that is put
 ROW_BYTES_PER_PIXEL = 0.3  # of a mask as ragged as logits can make it, as PNG, as a row and in its Parquet file
 PROBES = 5  # objects that are tried when none of a shard could be read
-REPORT_EVERY = 1.0  # seconds between two words to the hub
+REPORT_EVERY = 1.0  # seconds between two words to the hub about a shard
+LOADS = 4  # a worker that has died so often in a row while it loaded the model is not started again
+STOPPED = "stopped"  # what is said of a shard that was not begun, as the run is to end
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,10 @@ class Job:
     memory: int  # bytes of images that a worker holds
 
 
+class RowsError(Exception):
+    """The rows of a shard are not those that the plan says; nothing has been put."""
+
+
 class Segmenter:
     """A Ray Data UDF: rows {"shard": n} in, the same rows out once their objects are in the output.
 
@@ -53,50 +64,95 @@ class Segmenter:
     it from `SHARDS_AHEAD` threads.
     """
 
-    def __init__(self, job: Job, checkpoint: "ray.ObjectRef[Checkpoint]", hub: Any):
+    def __init__(self, job: Job, checkpoint: "ray.ObjectRef[Checkpoint] | Checkpoint", hub: Any):
+        """In a process apart, which is there for its road, Ray is not: the checkpoint itself comes, and no hub."""
+        self.worker = self.announce(hub) if hub else ""
         torch.set_num_threads(job.threads)
         settings = job.settings
-        loaded: Checkpoint = ray.get(checkpoint)
+        loaded: Checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else ray.get(checkpoint)
         self.job, self.hub, self.labels = job, hub, loaded.labels
+        self.checkpoint: Any = checkpoint
         self.predictor = self.load(loaded)
         self.run = Run(Store(settings.output, settings), job.run_id)
         self.plan = PlanFiles(self.run)
         self.source = Images(Reader(settings), settings.image_column)
         self.road = Road(self.source, self.predictor, self.labels, settings, job.threads, job.memory)
+        self.turns = Turns()
         self.started = resident_memory("VmHWM")
         self.largest_shard = 0  # pixels
-        hub.worker_ready.remote()
+        if hub:
+            threading.Thread(target=self.live, name="beat", daemon=True).start()
+
+    def announce(self, hub: Any) -> str:
+        """Tell the hub that this worker is about to load, and who it is. Raises where that has killed it before."""
+        worker = ray.get_runtime_context().get_actor_id() or ""
+        deaths = ray.get(hub.worker_loads.remote(worker))
+        if deaths >= LOADS:  # Ray itself would start it for ever
+            raise RuntimeError(f"a worker died {deaths} times while it loaded the checkpoint (is there memory for it?)")
+        return worker
 
     def load(self, checkpoint: Checkpoint) -> Predictor:
         """The network on the worker's device."""
         settings, device = self.job.settings, "cuda" if self.job.gpus else "cpu"
         return Predictor(checkpoint, device, settings.engine, settings.precision, min(1, self.job.gpus or 1))
 
+    def live(self) -> None:
+        """Have the hub hear of this worker for as long as it lives."""
+        while True:
+            self.hub.worker_lives.remote(self.worker)
+            time.sleep(BEAT)
+
     def __call__(self, batch: pa.Table) -> pa.Table:
-        errors: list[str | None] = []
-        for shard in batch["shard"].to_pylist():
-            try:
-                self.finish_shard(shard)
-                errors.append(None)
-            except Exception as error:  # whatever it is, the other shards go on and the driver says so
-                logging.exception("shard %d failed", shard)
-                errors.append(f"{type(error).__name__}: {reason(error)}")
+        errors = [self.attempt(shard) for shard in batch["shard"].to_pylist()]
         return batch.append_column("error", pa.array(errors, pa.string()))
 
-    def finish_shard(self, shard: int) -> None:
+    def attempt(self, shard: int) -> str | None:
+        """Do one shard; why that failed."""
+        deaths = ray.get(self.hub.begin.remote(shard))
+        if deaths is None:
+            return STOPPED
+        try:
+            self.finish_shard(shard, deaths)
+        except Exception as error:  # whatever it is, the other shards go on and the driver says so
+            logging.exception("shard %d failed", shard)
+            ray.get(self.hub.end.remote(shard))
+            return f"{type(error).__name__}: {reason(error)}"
+        return None
+
+    def finish_shard(self, shard: int, deaths: int) -> None:
         """Do one shard and put it, unless an earlier attempt already has, and tell the hub."""
         try:
             totals, seconds = self.run.shard_totals(shard), 0.0
         except FileNotFoundError:
-            images = self.images(shard)
-            sent = self.road.send(images)
-            outcomes = self.collect(shard, sent)
-            started = time.perf_counter()
-            totals = self.summarise(sent, outcomes)
-            self.put(shard, images, outcomes, totals)
-            seconds = time.perf_counter() - started
+            if deaths < DEATHS:
+                with self.turns.together():
+                    totals, seconds = self.do_shard(shard, self.road)
+            else:
+                logging.warning("shard %d has ended %d workers, and is done apart", shard, deaths)
+                with self.turns.alone():
+                    totals, seconds = self.do_shard(shard, self.quarantine())
+        self.tell_retries()
         memory = (resident_memory("VmHWM"), self.bound())
         ray.get(self.hub.finish.remote(shard, totals, seconds, memory))
+
+    def do_shard(self, shard: int, road: Sender) -> tuple[Totals, float]:
+        """Send a shard along a road and put what comes of it; its totals, and the seconds of the put."""
+        images = self.images(shard)
+        sent = road.send(images)
+        outcomes = self.collect(shard, sent)
+        started = time.perf_counter()
+        totals = replace(self.summarise(sent, outcomes), quarantined=int(road is not self.road))
+        self.put(shard, images, outcomes, totals)
+        return totals, time.perf_counter() - started
+
+    def quarantine(self) -> Quarantine:
+        """A road in a process apart: the same network and batches, half of the rest, as this process is there too."""
+        job = self.job
+        torch.cuda.empty_cache()
+        settings = job.settings.model_copy(update={"batch_pixels": self.road.batch_pixels})
+        half = replace(job, settings=settings, threads=max(1, job.threads // 2), memory=job.memory // 2)
+        open_road = partial(road_of, type(self), half, ray.get(self.checkpoint))
+        return Quarantine(ray.cloudpickle.dumps(partial(along, open_road)), self.hub.retried.remote)
 
     def images(self, shard: int) -> list[PlannedImage]:
         """What the plan says about a shard."""
@@ -120,9 +176,15 @@ class Segmenter:
             if time.monotonic() - told > REPORT_EVERY:
                 told = time.monotonic()
                 self.hub.progress.remote(shard, len(outcomes), bad)
+                self.tell_retries()
         if sent.failure and not sent.fetched and not self.store_answers():  # one object can be at fault, all cannot
             raise sent.failure
         return [outcomes[number] for number in range(len(sent.images))]
+
+    def tell_retries(self) -> None:
+        """Tell the hub how often stores have been asked again, since it last heard of it."""
+        if counts := take_retries():
+            self.hub.retried.remote(counts)
 
     def store_answers(self) -> bool:
         """Whether any of a few objects from all over the plan can be read."""
@@ -137,7 +199,9 @@ class Segmenter:
         return True
 
     def put(self, shard: int, images: list[PlannedImage], outcomes: list[Outcome], totals: Totals) -> None:
-        job = self.job
+        job, planned = self.job, self.plan.contents.images[shard]
+        if not len({(image.uri, image.etag) for image in images}) == len(images) == planned:
+            raise RowsError(f"shard {shard} has {len(images):,} images, not {planned:,} different ones as planned")
         rows = [row(*pair, self.labels, job.model_version, job.run_id) for pair in zip(images, outcomes, strict=True)]
         metadata = {b"swath.run_id": job.run_id.encode(), b"swath.labels": "\n".join(self.labels.names).encode()}
         self.run.put_shard(shard, encode_shard(rows, metadata | {SUMMARY_KEY: totals.encode()}))
@@ -155,12 +219,19 @@ class Segmenter:
             output_bytes=sum(len(outcome.mask or b"") for outcome in outcomes),
             pixels=int(pixels.sum()),
             batches=len(sent.batches),
+            halvings=len(sent.halved),
             stage_seconds=busy,
             starved_seconds=starved,
             blocked_seconds=blocked,
             class_pixels={name: int(n) for name, n in zip(self.labels.names, pixels, strict=True) if n},
             class_images={name: int(n) for name, n in zip(self.labels.names, present, strict=True) if n},
+            reasons=count_reasons((one.status, one.error) for one in outcomes if one.status != "ok"),
         )
+
+
+def road_of(worker: type[Segmenter], job: Job, checkpoint: Checkpoint) -> Road:
+    """The road of a worker that has nothing else to do."""
+    return worker(job, checkpoint, None).road
 
 
 def resident_memory(kind: str) -> int:

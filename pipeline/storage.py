@@ -4,37 +4,29 @@ Two rules hold for everything that is written: a reader never sees half an objec
 first of its name is put with a condition that the store itself checks.
 """
 
+import base64
 import contextlib
 import errno
+import hashlib
 import os
-import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import count
+from typing import Any, TypeVar
 
-import aiohttp
-import fsspec
-import pyarrow.fs
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-from fsspec.core import url_to_fs
+from botocore.exceptions import BotoCoreError
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.attempts import AT_THE_DOOR, ERRORS, agreed, error_code, patiently, reason
 from pipeline.config import ConfigurationError, StorageSettings
+from pipeline.filesystems import etag_of, is_plain, local_etag, open_filesystem, public_url, regular_file
+from pipeline.reader import ObjectFile, Reader
 
-S3_OPTIONS: dict[str, Any] = {
-    "connect_timeout": 5,  # seconds
-    "read_timeout": 60,
-    "retries": {"max_attempts": 3, "mode": "standard"},
-    "max_pool_connections": 128,
-    "request_checksum_calculation": "when_required",  # servers other than AWS refuse botocore's newer default
-    "response_checksum_validation": "when_required",
-}
-ERRORS = (OSError, BotoCoreError, ClientError, aiohttp.ClientError, TimeoutError)  # what a store that fails raises
-CREDENTIALS = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch")
-REQUESTS = 32  # in flight, where nothing else is said
 SINGLE_PUT = 4 << 30  # bytes: below this an object is put in one request, which S3 makes atomic
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,11 +45,12 @@ class Store:
         """Raises `ConfigurationError` where the URL's protocol or the options are unknown."""
         self.url = public_url(url)
         try:
-            self.filesystem, root = url_to_fs(url, **storage_options(url, settings))
+            self.filesystem, root = open_filesystem(url, settings)
         except (ValueError, ImportError, TypeError, BotoCoreError) as error:
             raise ConfigurationError(f"{self.url}: cannot be opened: {reason(error)}") from None
         self.root = root.rstrip("/") or root[:1]
         self.settings = settings
+        self.reader = Reader(settings)
 
     def path(self, name: str) -> str:
         """The file system's own path of `name`."""
@@ -80,7 +73,7 @@ class Store:
             for listed in walk():
                 found = True
                 yield listed
-            if not found and not self.filesystem.exists(self.root):
+            if not found and not self.patiently(lambda: self.filesystem.exists(self.root)):
                 raise FileNotFoundError
         except (*ERRORS, ValueError) as error:
             raise ConfigurationError(f"{self.url}: cannot be listed: {reason(error)}") from None
@@ -112,23 +105,35 @@ class Store:
         if not bucket:
             raise ValueError("Cannot traverse all of S3; name a bucket")
         below = f"{prefix}/" if prefix else ""
-        options = {"Bucket": bucket, "Prefix": below + beginning}
-        while True:
-            page = self.filesystem.call_s3("list_objects_v2", **options)
+        for page in self.pages(Bucket=bucket, Prefix=below + beginning):
             for found in page.get("Contents", ()):
                 path = f"{bucket}/{found['Key']}"
                 is_folder = path.endswith("/")  # as consoles make them
                 yield self.name(path), None if is_folder else self.entry(path, etag_of(found), found["Size"])
-            if not page.get("IsTruncated"):
-                break
-            options["ContinuationToken"] = page["NextContinuationToken"]
-        if prefix and not beginning and self.filesystem.isfile(self.root):
-            found = self.filesystem.info(self.root)
+        if prefix and not beginning and self.patiently(lambda: self.filesystem.isfile(self.root)):
+            found = self.patiently(lambda: self.filesystem.info(self.root))
             yield self.name(self.root), self.entry(self.root, etag_of(found), found["size"])
+
+    def pages(self, **options: str) -> Iterator[dict[str, Any]]:
+        """S3's answers to a question for a list, one after the other.
+
+        A name that comes damaged would be an image that is not there; so over plain HTTP each is asked for twice.
+        """
+
+        def ask() -> dict[str, Any]:
+            page = self.filesystem.call_s3("list_objects_v2", **options)
+            return {key: value for key, value in page.items() if key != "ResponseMetadata"}
+
+        while True:
+            page = self.patiently(partial(agreed, ask) if is_plain(self.filesystem) else ask)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            options["ContinuationToken"] = page["NextContinuationToken"]
 
     def walk_other(self) -> Iterator[tuple[str, Entry | None]]:
         """All at once, as fsspec has no other way for every kind of store."""
-        for path, found in self.filesystem.find(self.root, detail=True).items():
+        for path, found in self.patiently(lambda: self.filesystem.find(self.root, detail=True)).items():
             if found["type"] != "file":
                 yield self.name(path), None
             elif found.get("size") is None:
@@ -144,46 +149,87 @@ class Store:
         return path[len(self.root) :].lstrip("/") or path.rpartition("/")[2]
 
     def read(self, name: str) -> bytes:
-        """All bytes of the object `name`. Raises FileNotFoundError."""
-        return self.filesystem.cat_file(self.path(name))
+        """All bytes of the object `name`, checked where its etag is their MD5. Raises FileNotFoundError."""
+        return self.reader.fetch(self.uri(name))
+
+    def open(self, name: str) -> ObjectFile:
+        """The object `name` as a file of which only what is read is fetched. Raises FileNotFoundError."""
+        return ObjectFile(self.reader, self.uri(name))
+
+    def changed(self, name: str) -> float:
+        """When the object `name` was put, in seconds since 1970; 0 where it is not there or the store does not say."""
+        try:
+            return self.filesystem.modified(self.path(name)).timestamp()
+        except (FileNotFoundError, NotImplementedError):
+            return 0.0
 
     def names(self, folder: str) -> list[str]:
         """The names directly in `folder`, sorted, without it; none when there is no such folder."""
         try:
-            entries = self.filesystem.ls(self.path(folder), detail=False, refresh=True)
+            return sorted(filter(None, self.names_on_s3(folder) if self.is_s3 else self.names_elsewhere(folder)))
         except FileNotFoundError:
             return []
         except ERRORS as error:
             raise ConfigurationError(f"{self.url}: cannot be listed: {reason(error)}") from None
-        return sorted(filter(None, (entry.rstrip("/").rpartition("/")[2] for entry in entries)))
+
+    def names_on_s3(self, folder: str) -> Iterator[str]:
+        bucket, _, key = self.path(folder).partition("/")
+        prefix = f"{key}/" if key else ""
+        for page in self.pages(Bucket=bucket, Prefix=prefix, Delimiter="/"):
+            for found in (*page.get("Contents", ()), *page.get("CommonPrefixes", ())):
+                yield (found.get("Key") or found["Prefix"])[len(prefix) :].rstrip("/")
+
+    def names_elsewhere(self, folder: str) -> Iterator[str]:
+        for path in self.patiently(lambda: self.filesystem.ls(self.path(folder), detail=False, refresh=True)):
+            yield path.rstrip("/").rpartition("/")[2]
 
     def put(self, name: str, data: bytes, only_new: bool = False) -> None:
-        """Put an object whole: a reader sees all of it or none. With `only_new`, FileExistsError if it is there."""
+        """Put an object whole: a reader sees all of it or none. With `only_new`, FileExistsError if it is there.
+
+        Where a put that the store has done was not heard of, what is there then is our own, and no error.
+        """
+        attempts = count()
+
+        def once() -> None:
+            is_first = not next(attempts)
+            try:
+                self.put_once(name, data, only_new)
+            except FileExistsError:
+                if is_first or self.read(name) != data:
+                    raise
+
+        self.patiently(once)
+
+    def put_once(self, name: str, data: bytes, only_new: bool) -> None:
         path = self.path(name)
         if self.is_local:
             put_local(path, data, only_new)
             return
-        whole = {"chunksize": SINGLE_PUT} if self.is_s3 else {}
+        digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        checked = {"chunksize": SINGLE_PUT, "ContentMD5": digest} if self.is_s3 else {}
         try:
-            self.filesystem.pipe_file(path, data, mode="create" if only_new else "overwrite", **whole)
+            self.filesystem.pipe_file(path, data, mode="create" if only_new else "overwrite", **checked)
         except OSError as error:
             if error_code(error) in ("PreconditionFailed", "412"):  # not every server names the failed condition
                 raise FileExistsError(self.uri(name)) from None
             raise
 
+    def delete(self, name: str) -> None:
+        """Remove the object `name`, if it is there and may be removed."""
+        with contextlib.suppress(OSError):
+            self.patiently(lambda: self.filesystem.rm_file(self.path(name)))
+
     def check_writable(self) -> None:
         """Raise `ConfigurationError` unless an object can be put below the root."""
         name = ".swath-is-writable"
         try:
-            self.put(name, b"")
-            with contextlib.suppress(OSError):  # to put is all that a run needs
-                self.filesystem.rm_file(self.path(name))
+            patiently(partial(self.put_once, name, b"", False), min(AT_THE_DOOR, self.settings.retry_seconds))
+            self.delete(name)  # if that may be: to put is all that a run needs
         except (*ERRORS, ValueError, NotImplementedError) as error:
             raise ConfigurationError(f"{self.url}: cannot be written: {reason(error)}") from None
 
-    def arrow(self) -> pyarrow.fs.FileSystem:
-        """The same store for PyArrow's readers."""
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self.filesystem))
+    def patiently(self, work: Callable[[], T]) -> T:
+        return patiently(work, self.settings.retry_seconds)
 
     @property
     def is_local(self) -> bool:
@@ -214,80 +260,3 @@ def put_local(path: str, data: bytes, only_new: bool) -> None:
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
-
-
-def storage_options(url: str, settings: StorageSettings) -> dict[str, Any]:
-    """What fsspec is told about the store behind `url`."""
-    protocol = fsspec.utils.get_protocol(url)
-    protocol = "s3" if protocol == "s3a" else protocol
-    given = {key.partition(".")[2]: value for key, value in settings.storage_option.items() if is_for(key, protocol)}
-    if protocol != "s3":
-        return given
-    region = settings.region or os.environ.get("AWS_REGION")  # which botocore itself does not read
-    client = {"region_name": region} if region else {}
-    return {
-        "anon": settings.anonymous,
-        "endpoint_url": settings.endpoint_url,
-        "client_kwargs": client,
-        "config_kwargs": S3_OPTIONS,
-        "use_listings_cache": False,
-    } | given
-
-
-def is_for(key: str, protocol: str) -> bool:
-    return key.partition(".")[0] == protocol
-
-
-def regular_file(path: str) -> os.stat_result | None:
-    """The file at `path` or behind its symbolic links; None for a folder, for what is gone, and for a pipe or socket,
-    whose reading would never end."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found if stat.S_ISREG(found.st_mode) else None
-
-
-def local_etag(file: os.stat_result) -> str:
-    """What a local file has in place of an etag: its size and its time of change."""
-    return f"{file.st_size}-{file.st_mtime_ns}"
-
-
-def etag_of(info: Mapping[str, Any]) -> str:
-    """The store's own version of an object, or, where it has none, its size and the time of its change."""
-    for key in ("ETag", "etag", "md5Hash", "content_md5", "version"):
-        if info.get(key):
-            return str(info[key]).strip('"')
-    changed = info.get("last_modified") or info.get("updated") or info.get("LastModified") or ""
-    return f"{info.get('size', 0)}-{changed}"
-
-
-def public_url(url: str) -> str:
-    """`url` without what may be secret: a password, the query of a web address."""
-    protocol, _, rest = url.rpartition("://")
-    if not protocol:
-        return url
-    host, slash, path = rest.partition("/")
-    if protocol in ("http", "https"):
-        path = path.partition("?")[0]
-    return f"{protocol}://{host.rpartition('@')[2] if ':' in host.partition('@')[0] else host}{slash}{path}"
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong with a store, in one line that says what to do where that is known."""
-    match error:
-        case NoCredentialsError():
-            return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use --anonymous"
-        case FileNotFoundError():
-            return "no such file, folder or bucket"
-        case PermissionError():
-            return "access denied; check the credentials and what they allow"
-    text = " ".join(str(error).split()) or type(error).__name__
-    code = error_code(error)
-    return f"{code}: {text}"[:300] if code and code not in text else text[:300]
-
-
-def error_code(error: BaseException) -> str:
-    """S3's own code of an error ("SlowDown"), or nothing."""
-    cause = error if isinstance(error, ClientError) else error.__cause__
-    return str(cause.response.get("Error", {}).get("Code", "")) if isinstance(cause, ClientError) else ""

@@ -6,13 +6,15 @@ and ends with the job; what is to be kept goes into the output.
 
 import contextlib
 import tempfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset
+import pyarrow.parquet as pq
 
 from pipeline.storage import Store
 
@@ -45,9 +47,17 @@ def make_room(tables: duckdb.DuckDBPyConnection, rows: int) -> None:
 
 
 def stored(output: Store, names: list[str], schema: pa.Schema) -> pa.RecordBatchReader:
-    """The rows of Parquet files in the output, a few batches at a time; to be read once."""
-    if not names:
-        return pa.RecordBatchReader.from_batches(schema, [])
-    paths = [output.path(name) for name in names]
-    found = pyarrow.dataset.dataset(paths, schema=schema, filesystem=output.arrow(), format="parquet")
-    return found.scanner(batch_size=ROWS, batch_readahead=2, fragment_readahead=1).to_reader()
+    """The rows of Parquet files in the output, a few batches at a time; to be read once.
+
+    Each file is read whole, as only then it can be checked, while the rows of the one before it are used.
+    """
+    return pa.RecordBatchReader.from_batches(schema, batches(output, names, schema))
+
+
+def batches(output: Store, names: list[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    with ThreadPoolExecutor(1) as behind:
+        reading = deque(behind.submit(output.read, name) for name in names[:1])
+        for following in [*names[1:], None][: len(names)]:
+            source = pa.BufferReader(reading.popleft().result())
+            reading.extend(behind.submit(output.read, name) for name in [following] if name)
+            yield from pq.read_table(source, schema=schema, page_checksum_verification=True).to_batches(ROWS)

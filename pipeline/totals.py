@@ -1,11 +1,22 @@
 """What was done, in numbers: by one shard, or by all shards of a run together."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 STAGES = ("fetch", "decode", "infer", "encode")  # of the road
+SHARD_REASONS = 20  # that are told apart in a shard
+REASONS = 50  # and in a sum
+REASON_LENGTH = 120  # characters
+OTHER = "other reasons"
+# what differs from image to image is left out of a reason: quoted names, URLs, long identifiers, numbers
+VARYING = [
+    (re.compile(r"'[^']*'|\"[^\"]*\"|\b\w+://\S+"), "…"),
+    (re.compile(r"\b(?=\w*\d)[\w-]{16,}"), "…"),
+    (re.compile(r"\d+"), "N"),
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,27 @@ class Totals:
         return {stage: busy[stage] / max(busy[stage] + waited[stage], 1e-9) for stage in STAGES}
 
 
+def count_reasons(failures: Iterable[tuple[str, str | None]]) -> dict[str, int]:
+    """How many of a shard's images have no mask for which reason, from their (status, error)."""
+    return most_frequent(Counter(f"{status}: {generalised(error or '')}" for status, error in failures), SHARD_REASONS)
+
+
+def generalised(error: str) -> str:
+    """What an error has in common with those of other images."""
+    for pattern, word in VARYING:
+        error = pattern.sub(word, error)
+    return error[:REASON_LENGTH]
+
+
+def most_frequent(reasons: Mapping[str, int], most: int) -> dict[str, int]:
+    """The `most` frequent reasons, and all others of a status as one."""
+    ordered = sorted(reasons.items(), key=lambda item: (item[0].endswith(f": {OTHER}"), -item[1], item[0]))
+    found = Counter(dict(ordered[:most]))
+    for reason, images in ordered[most:]:
+        found[f"{reason.partition(':')[0]}: {OTHER}"] += images
+    return dict(found)
+
+
 def add(parts: Iterable[Totals]) -> Totals:
     """The sum of all `parts`."""
     counts: Counter[str] = Counter()
@@ -48,4 +80,5 @@ def add(parts: Iterable[Totals]) -> Totals:
                 groups.setdefault(name, Counter()).update(value)
             else:
                 counts[name] += value
+    groups["reasons"] = Counter(most_frequent(groups.get("reasons", {}), REASONS))
     return Totals(**counts, **{name: dict(group) for name, group in groups.items()})  # type: ignore[arg-type]

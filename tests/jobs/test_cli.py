@@ -50,7 +50,7 @@ def test_help_explains_the_job_and_every_setting(swath, job):
     assert code == 0
     assert f"swath {job}" in out
     for name, info in JOBS[job].SETTINGS.model_fields.items():
-        option = name.upper() if info.json_schema_extra is None else f"--{name.replace('_', '-')}"
+        option = name.upper() if info.json_schema_extra is None else f"--{(info.alias or name).replace('_', '-')}"
         assert option in out
         assert "".join(info.description.split()) in "".join(out.split())
     if job == "segment":

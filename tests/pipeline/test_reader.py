@@ -4,10 +4,11 @@ import os
 
 import pytest
 
+from pipeline.attempts import ERRORS
 from pipeline.config import StorageSettings
 from pipeline.reader import ChangedError, ObjectFile, Reader
 from pipeline.s3 import FAILURES
-from pipeline.storage import ERRORS, Store
+from pipeline.storage import Store
 
 SETTINGS = StorageSettings()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from jobs.bench.rungs import NullPredictor
@@ -165,6 +166,87 @@ def test_settings_of_decoding_reach_the_decoder_and_masks_keep_the_images_size(t
     assert [outcome.status for outcome in found[2]] == ["ok", "ok"]
     for outcome in found[2]:
         assert decode_mask(outcome.mask).shape == (outcome.height, outcome.width) == (300, 400)
+
+
+class SmallDevice(Brightness):
+    """A device that says in one of its ways that its memory is full, where a batch is over so many images."""
+
+    batch_pixels = 8 * 64 * 64
+    errors = (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 1 TB"))
+
+    def __init__(self, most: int, unfit: np.ndarray | None = None):
+        super().__init__()
+        self.most, self.unfit, self.full = most, unfit, []
+
+    def __call__(self, images: np.ndarray, sizes: list[tuple[int, int]]) -> list[Segmentation]:
+        if len(images) > self.most or any(np.array_equal(image, self.unfit) for image in images):
+            self.full.append(len(images))
+            raise self.errors[len(self.full) % 3]
+        return super().__call__(images, sizes)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_what_fits_is_remembered(tmp_path):
+    images, wide = draw(tmp_path, 40), draw(tmp_path, 4, 128, 64)
+    settings = config(tmp_path)
+    results = {}
+    for most in (3, 8):
+        device = SmallDevice(most)
+        device.lanes = 1  # else two batches may be too large before either is done
+        road = Road(Images(Reader(settings), None), device, LABELS, settings, 2, 1 << 30)
+        shard = road.send([*images, *wide])
+        results[most] = [outcome.mask for _, outcome in sorted(shard.outcomes(), key=lambda pair: pair[0])]
+        assert sum(map(len, device.batches)) == sum(shard.batches) == 44
+        if most == 3:
+            assert device.full == shard.halved == [8, 4, 4]  # twice for one bucket, once for the other
+            assert road.fitting == {"64x64": 2, "64x128": 2}
+        road.close()
+    assert results[3] == results[8]
+
+
+def test_an_image_that_does_not_fit_even_alone_is_a_row_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.road.PAUSES", (0.01, 0.01))
+    images = draw(tmp_path, 16)
+    unfit = np.array(Image.open(images[5].uri.removeprefix("file://")))
+    device, settings = SmallDevice(8, unfit), config(tmp_path)
+    device.lanes = 1
+    road = Road(Images(Reader(settings), None), device, LABELS, settings, 2, 1 << 30)
+    shard = road.send(images)
+    found = dict(shard.outcomes())
+    road.close()
+    assert [number for number, outcome in found.items() if outcome.status != "ok"] == [5]
+    assert found[5].status == "failed"
+    assert "does not fit the device's memory at 64x64, even alone" in found[5].error
+    assert (found[5].width, found[5].height, found[5].mask) == (64, 64, None)
+    assert device.full == [8, 4, 2, 1, 1, 1]
+    assert shard.halved == [8, 4, 2]
+    assert road.gate.held == 0
+
+
+def test_windows_that_do_not_fit_are_fewer_at_a_time_and_the_masks_the_same(tmp_path, checkpoint, monkeypatch):
+    """A panorama of many windows, images that share a batch, and one that no device is large enough for."""
+    monkeypatch.setattr("pipeline.road.PAUSES", (0.01,))
+    images = draw(tmp_path, 1, 150, 200) + draw(tmp_path, 5, 64, 50) + draw(tmp_path, 1, 150, 100)
+    settings = config(tmp_path, policy="native=64+32", batch_pixels=64 * 64 * 24)
+    loaded = load_checkpoint(checkpoint)
+    predictor = Predictor(loaded, "cpu", precision="float32")
+    predictor.lanes = 1
+    through_windows, results = predictor.through_windows, {}
+
+    def small(images: list[np.ndarray], tiling: Tiling, batch: int) -> list[Segmentation]:
+        if batch > most or (most == 3 and any(image.shape == (100, 150, 3) for image in images)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return through_windows(images, tiling, batch)
+
+    monkeypatch.setattr(predictor, "through_windows", small)
+    for most in (3, 24):
+        road = Road(Images(Reader(settings), None), predictor, loaded.labels, settings, 2, 1 << 30)
+        shard = road.send(images)
+        results[most] = [outcome for _, outcome in sorted(shard.outcomes(), key=lambda pair: pair[0])]
+        assert shard.halved == ([24, 12, 6, 3, 2] if most == 3 else [])
+        assert road.fitting == ({"64x64": 1} if most == 3 else {})
+        road.close()
+    assert [outcome.status for outcome in results[3]] == ["ok"] * 6 + ["failed"]
+    assert [outcome.mask for outcome in results[3][:6]] == [outcome.mask for outcome in results[24][:6]]
 
 
 def test_a_device_that_fails_fails_the_shard_and_not_the_next(tmp_path):

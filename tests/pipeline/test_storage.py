@@ -6,8 +6,9 @@ import threading
 import pytest
 
 from pipeline.config import ConfigurationError, StorageSettings
+from pipeline.filesystems import public_url
 from pipeline.reader import ObjectFile, Reader
-from pipeline.storage import Store, public_url
+from pipeline.storage import Store
 
 SETTINGS = StorageSettings()
 
