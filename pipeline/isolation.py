@@ -61,9 +61,11 @@ def work_apart(start: bytes, things: Sequence[Any], patience: float) -> Iterator
             try:
                 child = child or begin(start)
                 for position, result in child.work([things[number] for number in numbers], patience):
-                    number = None if position is None else numbers[position]
-                    left.pop(number, None)  # type: ignore[arg-type]
-                    yield number, result
+                    if position is None:
+                        yield None, result
+                    else:
+                        del left[numbers[position]]
+                        yield numbers[position], result
             except ChildDiedError as death:
                 child = None
                 if len(numbers) == 1 and left:

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -199,9 +200,8 @@ class Segmenter:
         return True
 
     def put(self, shard: int, images: list[PlannedImage], outcomes: list[Outcome], totals: Totals) -> None:
-        job, planned = self.job, self.plan.contents.images[shard]
-        if not len({(image.uri, image.etag) for image in images}) == len(images) == planned:
-            raise RowsError(f"shard {shard} has {len(images):,} images, not {planned:,} different ones as planned")
+        job = self.job
+        check_rows(shard, images, self.plan.contents.images[shard])
         rows = [row(*pair, self.labels, job.model_version, job.run_id) for pair in zip(images, outcomes, strict=True)]
         metadata = {b"swath.run_id": job.run_id.encode(), b"swath.labels": "\n".join(self.labels.names).encode()}
         self.run.put_shard(shard, encode_shard(rows, metadata | {SUMMARY_KEY: totals.encode()}))
@@ -226,6 +226,15 @@ class Segmenter:
             class_pixels={name: int(n) for name, n in zip(self.labels.names, pixels, strict=True) if n},
             class_images={name: int(n) for name, n in zip(self.labels.names, present, strict=True) if n},
             reasons=count_reasons((one.status, one.error) for one in outcomes if one.status != "ok"),
+        )
+
+
+def check_rows(shard: int, images: Sequence[PlannedImage], planned: int) -> None:
+    """Raise `RowsError` unless these images, of a row each, are as many as planned and no two of them the same."""
+    different = len({(image.uri, image.etag) for image in images})
+    if not different == len(images) == planned:
+        raise RowsError(
+            f"shard {shard} is planned with {planned:,} images and has {len(images):,}, {different:,} different ones"
         )
 
 
