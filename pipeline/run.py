@@ -238,13 +238,9 @@ def segment_shards(
     if not todo:
         return Stretch(len(done))
     with ray_session(settings):
-        workers = size_workers(settings, len(todo))
         hub = start_hub(settings, run.id, version, images, shards, choose_port(settings))
-        job = Job(settings, run.id, version, workers.cpus, workers.gpus, workers.memory)
-        dataset = build_dataset(todo, job, checkpoint, hub, workers, worker)
-        listener.say(f"run {run.id} on {workers}; metrics: {ray.get(hub.address.remote())}")
         with watching(hub, images, listener):
-            errors = failed_shards(dataset)
+            errors = do_shards(settings, checkpoint, run, version, todo, hub, listener, worker)
         memory = ray.get(hub.worker_memory.remote())
     missing = sorted(set(range(shards)) - set(run.done()))
     if missing:
@@ -254,6 +250,35 @@ def segment_shards(
             f"run the same command again to do only those"
         )
     return Stretch(len(done), memory)
+
+
+def do_shards(
+    settings: SegmentSettings,
+    checkpoint: Checkpoint,
+    run: Run,
+    version: str,
+    todo: list[int],
+    hub: Any,
+    listener: Listener,
+    worker: type[Segmenter],
+) -> list[str]:
+    """Have a pool of workers do shards, and another pool those that went with their workers; what went wrong.
+
+    For some seconds after a node has died Ray still takes its workers for alive, and as they are never busy it has them
+    lose shard after shard. A new pool fits what is left of the cluster; there is one more for as long as any gets
+    shards done.
+    """
+    while True:
+        workers = size_workers(settings, len(todo))
+        job = Job(settings, run.id, version, workers.cpus, workers.gpus, workers.memory)
+        dataset = build_dataset(todo, job, checkpoint, hub, workers, worker)
+        listener.say(f"run {run.id} on {workers}; metrics: {ray.get(hub.address.remote())}")
+        failed, lost = failed_shards(dataset)
+        done = set(run.done())
+        left = [shard for shard in todo if shard not in done]
+        if failed or not left or len(left) == len(todo):
+            return failed or lost
+        todo = left
 
 
 def build_dataset(
@@ -282,18 +307,19 @@ def build_dataset(
         )
 
 
-def failed_shards(results: "ray.data.Dataset") -> list[str]:
-    """Wait for all shards; what went wrong with those that failed."""
-    errors: list[str] = []
+def failed_shards(results: "ray.data.Dataset") -> tuple[list[str], list[str]]:
+    """Wait for all shards; what went wrong with those that failed, and with those that were lost with their workers."""
+    failed: list[str] = []
+    lost: list[str] = []
     try:
         for result in results.iter_rows():
             if result["error"]:
-                errors.append(result["error"])
-            if len(errors) >= FAILED_SHARDS:
+                failed.append(result["error"])
+            if len(failed) >= FAILED_SHARDS:
                 break
     except ray.exceptions.RayError as error:
-        errors.append(" ".join(str(error).strip().split("\n")[-1].split())[:300])
-    return errors
+        lost.append(" ".join(str(error).strip().split("\n")[-1].split())[:300])
+    return failed, lost
 
 
 def commit(
