@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import ConfigurationError, StorageSettings
+from pipeline.attempts import agreed
 from pipeline.plan import PART_SHARDS, Origin, Plan, PlannedImage, planned_images
 from pipeline.plan import SCHEMA as PLAN_SCHEMA
 from pipeline.schema import SUMMARY_KEY
@@ -109,7 +110,17 @@ class Run:
 
     def shard_totals(self, shard: int) -> Totals:
         """Raises FileNotFoundError when the shard is not there."""
-        return Totals(**json.loads(self.open_shard(shard).metadata.metadata[SUMMARY_KEY]))
+
+        def read() -> bytes | Exception:
+            try:
+                return self.open_shard(shard).metadata.metadata[SUMMARY_KEY]
+            except (pa.ArrowException, KeyError) as error:
+                return error
+
+        found = agreed(read, str)  # as a part of an object comes without a checksum, and a footer has none of its own
+        if isinstance(found, Exception):
+            raise found
+        return Totals(**json.loads(found))
 
     def open_shard(self, shard: int) -> pq.ParquetFile:
         """A shard's rows, of which only the columns that are asked for are read. Raises FileNotFoundError."""
