@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 SOURCES := pyproject.toml constraints.txt $(wildcard model/native/*.cpp model/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format s3 weights bench bench-model clean
+.PHONY: help demo test check format chaos s3 weights bench bench-model clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ check: .venv/developing  ## Lint, check the format, the types and the dependenci
 format: .venv/developing  ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+chaos: .venv/developing  ## Kill, starve and corrupt real runs, in the full numbers (about 30 minutes; needs root)
+	CHAOS=full $(BIN)/python -m pytest tests/chaos
 
 s3: .venv/installed  ## Run a real S3 server on loopback until Ctrl-C
 	$(BIN)/python infra/local/s3_server.py

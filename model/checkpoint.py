@@ -158,6 +158,8 @@ def find_files(url: str, storage_options: Mapping[str, Any]) -> Files:
         names = [entry.rpartition("/")[2] for entry in filesystem.ls(path, detail=False)]
     except FileNotFoundError:
         raise CheckpointError(f"{shown}: no such file or folder; give a Hugging Face folder or a weight file") from None
+    except PermissionError:  # of which S3 itself says no more
+        raise CheckpointError(f"{shown}: access denied; check the credentials and what they allow") from None
     except Exception as error:  # every file system has errors of its own
         raise CheckpointError(f"{shown}: cannot be opened ({one_line(error)})") from None
     found = [name for name in WEIGHT_FILES if name in names]

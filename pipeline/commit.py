@@ -22,6 +22,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.attempts import agreed
 from pipeline.config import ConfigurationError, StorageSettings
 from pipeline.lease import Lease
 from pipeline.plan import PART_SHARDS, Origin, Plan, PlannedImage, planned_images
@@ -70,6 +71,10 @@ class Run:
     def folder(self) -> str:
         return f"segments/run={self.id}"
 
+    @property
+    def lease_name(self) -> str:
+        return f"runs/{self.id}/lease"
+
     def shard_name(self, shard: int) -> str:
         return f"{self.folder}/shard-{shard:06d}.parquet"
 
@@ -107,7 +112,7 @@ class Run:
 
     def lease(self) -> Lease:
         """What its driver holds."""
-        return Lease(self.store, f"runs/{self.id}/lease", f"run {self.id}")
+        return Lease(self.store, self.lease_name, f"run {self.id}")
 
     def totals(self, shards: list[int]) -> list[Totals]:
         """What each of `shards`, which are all there, holds; read from the files' footers."""
@@ -116,7 +121,17 @@ class Run:
 
     def shard_totals(self, shard: int) -> Totals:
         """Raises FileNotFoundError when the shard is not there."""
-        return Totals(**json.loads(self.open_shard(shard).metadata.metadata[SUMMARY_KEY]))
+
+        def read() -> bytes | Exception:
+            try:
+                return self.open_shard(shard).metadata.metadata[SUMMARY_KEY]
+            except (pa.ArrowException, KeyError) as error:
+                return error
+
+        found = agreed(read, str)  # as a part of an object comes without a checksum, and a footer has none of its own
+        if isinstance(found, Exception):
+            raise found
+        return Totals(**json.loads(found))
 
     def open_shard(self, shard: int) -> pq.ParquetFile:
         """A shard's rows, of which only the columns that are asked for are read. Raises FileNotFoundError."""

@@ -47,7 +47,7 @@ from pipeline.metrics import choose_port, start_hub
 from pipeline.plan import Origin, Plan, make_plan, most_work_first
 from pipeline.policy import parse_policy
 from pipeline.seal import sealed
-from pipeline.segment import SHARDS_AHEAD, Job, Segmenter
+from pipeline.segment import SHARDS_AHEAD, STOPPED, Job, Segmenter
 from pipeline.stopping import Over, Request, StoppedError, until_asked_to_end
 from pipeline.storage import Store
 from pipeline.tables import Workspace, workspace
@@ -270,18 +270,14 @@ def segment_shards(
     if not todo:
         return Stretch(len(done))
     with ray_session(settings), until_asked_to_end() as request:
-        workers = size_workers(settings, len(todo))
         hub = start_hub(settings, run.id, version, images, shards, choose_port(settings))
-        job = Job(settings, run.id, version, workers.cpus, workers.gpus, workers.memory)
-        dataset = build_dataset(todo, job, checkpoint, hub, workers, worker)
-        listener.say(f"run {run.id} on {workers}; metrics: {ray.get(hub.address.remote())}")
         errors: list[str] = []
         with (
             contextlib.suppress(Over),
             watching(hub, images, listener),
             ending(hub, lease, request, settings.grace, listener),
         ):
-            errors += failed_shards(dataset)
+            errors += do_shards(settings, checkpoint, run, version, todo, hub, request, listener, worker)
         stretch = Stretch(len(done), ray.get(hub.worker_memory.remote()), ray.get(hub.retries.remote()))
     lease.check()
     missing = sorted(set(range(shards)) - set(run.done()))
@@ -298,6 +294,36 @@ def segment_shards(
             f"run the same command again to do only those"
         )
     return stretch
+
+
+def do_shards(
+    settings: SegmentSettings,
+    checkpoint: Checkpoint,
+    run: Run,
+    version: str,
+    todo: list[int],
+    hub: Any,
+    request: Request,
+    listener: Listener,
+    worker: type[Segmenter],
+) -> list[str]:
+    """Have a pool of workers do shards, and another pool those that went with their workers; what went wrong.
+
+    For some seconds after a node has died Ray still takes its workers for alive, and as they are never busy it has them
+    lose shard after shard. A new pool fits what is left of the cluster; there is one more for as long as any gets
+    shards done.
+    """
+    while True:
+        workers = size_workers(settings, len(todo))
+        job = Job(settings, run.id, version, workers.cpus, workers.gpus, workers.memory)
+        dataset = build_dataset(todo, job, checkpoint, hub, workers, worker)
+        listener.say(f"run {run.id} on {workers}; metrics: {ray.get(hub.address.remote())}")
+        failed, lost = failed_shards(dataset)
+        done = set(run.done())
+        left = [shard for shard in todo if shard not in done]
+        if failed or not left or len(left) == len(todo) or request.number:
+            return failed or lost
+        todo = left
 
 
 def build_dataset(
@@ -326,18 +352,19 @@ def build_dataset(
         )
 
 
-def failed_shards(results: "ray.data.Dataset") -> list[str]:
-    """Wait for all shards; what went wrong with those that failed."""
-    errors: list[str] = []
+def failed_shards(results: "ray.data.Dataset") -> tuple[list[str], list[str]]:
+    """Wait for all shards; what went wrong with those that failed, and with those that were lost with their workers."""
+    failed: list[str] = []
+    lost: list[str] = []
     try:
         for result in results.iter_rows():
-            if result["error"]:
-                errors.append(result["error"])
-            if len(errors) >= FAILED_SHARDS:
+            if result["error"] and result["error"] != STOPPED:
+                failed.append(result["error"])
+            if len(failed) >= FAILED_SHARDS:
                 break
     except ray.exceptions.RayError as error:
-        errors.append(" ".join(str(error).strip().split("\n")[-1].split())[:300])
-    return errors
+        lost.append(" ".join(str(error).strip().split("\n")[-1].split())[:300])
+    return failed, lost
 
 
 def commit(
@@ -345,7 +372,7 @@ def commit(
 ) -> dict[str, Any]:
     """Write the run record: every shard is there, and this is what they hold.
 
-    `seconds`, `worker_memory` and `retries` are those of the last stretch, since `started`.
+    `seconds`, `worker_memory` and `store_retries` are those of the last stretch, since `started`.
     """
     shards = run.done()
     totals: Totals = add(run.totals(shards))
@@ -364,7 +391,7 @@ def commit(
         "seconds": round(finished - started, 3),
         "shards_done_before": stretch.shards_before,
         "worker_memory": dict(zip(("peak", "bound"), stretch.memory, strict=True)),
-        "retries": stretch.retries,
+        "store_retries": stretch.retries,
         **asdict(totals),
         "busy_shares": {stage: round(share, 4) for stage, share in totals.busy_shares().items()},
         "files": [run.shard_name(shard) for shard in shards],

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.attempts import reason
 from pipeline.commit import Contents, Run
 from pipeline.config import ConfigurationError
+from pipeline.lease import holder
 from pipeline.totals import Totals, add
 
 READERS = 16  # footers that are read at once
@@ -89,8 +90,9 @@ def totals_of(run: Run, shard: int) -> Totals | Exception:
 
 
 def driver(run: Run) -> str | None:
-    """Who is at work on the run, in words; None where that is not known."""
-    return None
+    """Who is at work on the run, in words; None where nobody is, as far as is known."""
+    found = holder(run.store, run.lease_name)
+    return str(found) if found else None
 
 
 def how_to_go_on(run: Run, contents: Contents) -> str:

@@ -22,7 +22,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
@@ -80,11 +80,12 @@ rgw enable ops log = false
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where the server is and who may use it."""
+    """Where the server is, who may use it, and the folder with all its files."""
 
     endpoint_url: str
     access_key: str
     secret_key: str
+    folder: Path
 
     def environment(self) -> dict[str, str]:
         """The usual variables, as every S3 client reads them."""
@@ -96,6 +97,35 @@ class S3Server:
             "AWS_DEFAULT_REGION": REGION,
             "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
         }
+
+    def run(self, program: str, *arguments: str) -> str:
+        """What one of Ceph's programs prints, told of this server. Raises RuntimeError with what it complains of."""
+        command = [program, "-c", str(self.folder / "ceph.conf"), *arguments]
+        # files, as a daemon would keep a pipe open for ever, and each call its own, as several may run at once
+        with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+            code = subprocess.run(command, check=False, stdout=stdout, stderr=stderr, timeout=120).returncode
+            stdout.seek(0)
+            stderr.seek(0)
+            if code:
+                raise RuntimeError(f"{' '.join(command)} failed: {stderr.read().strip()[-500:]}")
+            return stdout.read()
+
+    @property
+    def gateway(self) -> int:
+        """The process that speaks S3; the data lies with others."""
+        return int((self.folder / "client.rgw.pid").read_text())
+
+    def start_gateway(self) -> None:
+        """Start what speaks S3, also again after its process was killed, and wait until it answers."""
+        self.run("radosgw", "-n", "client.rgw")
+        wait_until_up(self.endpoint_url)
+
+    def add_user(self, name: str) -> "S3Server":
+        """The same server for another user, who has buckets and quotas of their own."""
+        user = replace(self, access_key=name, secret_key=uuid.uuid4().hex)
+        keys = (f"--access-key={user.access_key}", f"--secret-key={user.secret_key}")
+        self.run("radosgw-admin", "user", "create", f"--uid={name}", f"--display-name={name}", "--max-buckets=0", *keys)
+        return user
 
 
 @contextlib.contextmanager
@@ -115,16 +145,8 @@ def s3_server(folder: Path, port: int | None = None, capacity: int = 4 << 30) ->
     values = {"fsid": fsid, "folder": folder, "port": port, "monitor_port": monitor_port, "capacity": capacity}
     configuration.write_text(CONFIGURATION.format(**values))
     (folder / "keyring").touch()
-    server = S3Server(f"http://127.0.0.1:{port}", "testkey", uuid.uuid4().hex)
-
-    def run(program: str, *arguments: str) -> str:
-        command = [program, "-c", str(configuration), *arguments]
-        out, errors = folder / "out.log", folder / "errors.log"  # files: a daemon would keep a pipe open for ever
-        with open(out, "w") as stdout, open(errors, "w") as stderr:
-            code = subprocess.run(command, check=False, stdout=stdout, stderr=stderr, timeout=120).returncode
-        if code:
-            raise RuntimeError(f"{' '.join(command)} failed: {errors.read_text().strip()[-500:]}")
-        return out.read_text()
+    server = S3Server(f"http://127.0.0.1:{port}", "", "", folder)
+    run = server.run
 
     try:
         address = f"[v2:127.0.0.1:{monitor_port}]"
@@ -150,20 +172,11 @@ def s3_server(folder: Path, port: int | None = None, capacity: int = 4 << 30) ->
         (folder / "osd").mkdir()
         run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
         run("ceph-osd", "-i", "0")
-        user = ("--uid=swath", "--display-name=swath", "--max-buckets=0")
-        run(
-            "radosgw-admin",
-            "user",
-            "create",
-            *user,
-            f"--access-key={server.access_key}",
-            f"--secret-key={server.secret_key}",
-        )
+        server = server.add_user("swath")
         zonegroup = json.loads(run("radosgw-admin", "zonegroup", "get"))
         (folder / "zonegroup.json").write_text(json.dumps(zonegroup | {"api_name": REGION}))
         run("radosgw-admin", "zonegroup", "set", "--infile", str(folder / "zonegroup.json"))
-        run("radosgw", "-n", "client.rgw")
-        wait_until_up(server.endpoint_url)
+        server.start_gateway()
         yield server
     finally:
         for daemon in ("client.rgw", "osd.0", "mon.a"):
