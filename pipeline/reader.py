@@ -48,16 +48,10 @@ class Reader:
         """All of an object. Raises `ChangedError` where its etag or size is another, unless `etag` is empty; and
         FileNotFoundError or another of `attempts.ERRORS`, when `retry_seconds` are over.
         """
-        attempts, readings = count(), Counter[str]()
-
-        def whole() -> bytes:
-            piece = self.piece(uri, 0, size + 1 if etag and size else None, etag, next(attempts))
-            if etag and len(piece.data) != size:
-                raise ChangedError(uri)
-            self.check(uri, piece, readings)
-            return piece.data
-
-        return patiently(whole, self.settings.retry_seconds)
+        data = self.get(uri, 0, size + 1 if etag and size else None, etag).data
+        if etag and len(data) != size:
+            raise ChangedError(uri)
+        return data
 
     def fetch_part(self, uri: str, etag: str, start: int, size: int) -> bytes:
         """`size` bytes of an object from `start` on. Raises as `fetch`."""
@@ -68,8 +62,15 @@ class Reader:
 
     def get(self, uri: str, start: int, end: int | None, etag: str = "") -> Piece:
         """Bytes `start` to `end`, or fewer where the object ends before. Raises as `fetch`."""
-        attempts = count()
-        return patiently(lambda: self.piece(uri, start, end, etag, next(attempts)), self.settings.retry_seconds)
+        attempts, readings = count(), Counter[str]()
+
+        def once() -> Piece:
+            piece = self.piece(uri, start, end, etag, next(attempts))
+            if len(piece.data) == piece.bytes:
+                self.check(uri, piece, readings)
+            return piece
+
+        return patiently(once, self.settings.retry_seconds)
 
     def piece(self, uri: str, start: int, end: int | None, etag: str, attempt: int) -> Piece:
         """The same, tried once; `attempt` counts from 0."""
