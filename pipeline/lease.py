@@ -3,10 +3,11 @@
     <name>-<n>.json     the nth holder of a lease; the greatest n has it
 
 Who puts the next n has the lease, and the store lets only one put it. Nobody else ever writes that object, so plain
-puts renew it, and all that is asked of a store is `If-None-Match`. A lease is free when it was given back, when its
-holder's process is gone from this very machine, or when it has not been renewed for `SECONDS`, whatever became of its
-holder: one that was only asleep finds a greater n when it wakes, and stops. Were it to put one more shard before, that
-shard would be there already or be the same: a lease spares work; that a shard is there once is the doing of its name.
+puts renew it, and all that is asked of a store is `If-None-Match`. A lease is free when there is no such object, as its
+holder removes it, when its holder's process is gone from this very machine, or when it has not been renewed for
+`SECONDS`, whatever became of its holder: one that was only asleep finds another's object when it wakes, or none, and
+stops. A shard that it puts before would be there already or be the same: a lease spares work; that a shard is there
+once is the doing of its name.
 """
 
 import json
@@ -64,7 +65,7 @@ class Lease:
         self.store, self.name, self.what = store, name, what
         self.number, self.holder = -1, Holder.here()
         self.ended = threading.Event()
-        self.lost: Holder | None = None
+        self.lost = False
         self.thread = threading.Thread(target=self.keep, daemon=True)
 
     def __enter__(self) -> "Lease":
@@ -93,15 +94,22 @@ class Lease:
         """Give the lease back."""
         self.ended.set()
         self.thread.join()
-        if not self.lost:
-            self.holder = replace(self.holder, released=True)
-            with suppress(*ERRORS):  # it ends by itself
+        with suppress(*ERRORS):  # it ends by itself
+            if self.is_ours():
+                self.holder = replace(self.holder, released=True)
                 self.put()
+                self.store.delete(object_name(self.name, self.number))
 
     def check(self) -> None:
         """Raise `HeldError` where another process has taken the lease over."""
-        if self.lost:
-            raise HeldError(f"{self.what} was taken over by {self.lost}, as this process was not heard of for too long")
+        if not self.is_ours():
+            raise HeldError(f"{self.what} was taken over by another process, as this one was silent for too long")
+
+    def is_ours(self) -> bool:
+        """Whether nobody has taken the lease over, which the store knows."""
+        number, found = latest(self.store, self.name)
+        self.lost |= not found or (number, found.token) != (self.number, self.holder.token)
+        return not self.lost
 
     def is_free(self, number: int, holder: Holder) -> bool:
         """Whether the lease may be taken over from a holder, who is watched for a while where a clock alone says so."""
@@ -120,8 +128,7 @@ class Lease:
         """Renew the lease until the end, or until another has it."""
         while not self.ended.wait(RENEWED_EVERY):
             with suppress(*ERRORS):  # the next time, perhaps
-                if (found := latest(self.store, self.name))[0] > self.number:
-                    self.lost = found[1]
+                if not self.is_ours():
                     return
                 self.holder = replace(self.holder, renewed=time.time())
                 self.put()

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -105,7 +106,7 @@ class Store:
         if not bucket:
             raise ValueError("Cannot traverse all of S3; name a bucket")
         below = f"{prefix}/" if prefix else ""
-        for page in self.pages(Bucket=bucket, Prefix=below + beginning):
+        for page in self.pages(AT_THE_DOOR, Bucket=bucket, Prefix=below + beginning):
             for found in page.get("Contents", ()):
                 path = f"{bucket}/{found['Key']}"
                 is_folder = path.endswith("/")  # as consoles make them
@@ -114,8 +115,8 @@ class Store:
             found = self.patiently(lambda: self.filesystem.info(self.root))
             yield self.name(self.root), self.entry(self.root, etag_of(found), found["size"])
 
-    def pages(self, **options: str) -> Iterator[dict[str, Any]]:
-        """S3's answers to a question for a list, one after the other.
+    def pages(self, seconds: float = math.inf, **options: str) -> Iterator[dict[str, Any]]:
+        """S3's answers to a question for a list, one after the other; the first is tried for `seconds` at most.
 
         A name that comes damaged would be an image that is not there; so over plain HTTP each is asked for twice.
         """
@@ -125,7 +126,9 @@ class Store:
             return {key: value for key, value in page.items() if key != "ResponseMetadata"}
 
         while True:
-            page = self.patiently(partial(agreed, ask) if is_plain(self.filesystem) else ask)
+            asking = partial(agreed, ask) if is_plain(self.filesystem) else ask
+            page = patiently(asking, min(seconds, self.settings.retry_seconds))
+            seconds = math.inf
             yield page
             if not page.get("IsTruncated"):
                 return
