@@ -15,7 +15,7 @@ demo: .venv/installed  ## Draw a small collection, segment it here, show the tab
 	$(BIN)/swath demo .demo
 
 test: .venv/developing  ## Run every test, on a real Ray and a real S3 server (installed with apt where it is missing)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: .venv/developing  ## Lint, check the format, the types and the dependencies
 	$(BIN)/ruff check .

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from jobs import demo, index, plan, retry, segment, status, verify
+from pipeline import stopping
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
-from pipeline.stopping import Interruption, install
 
 JOBS = {
     "segment": segment,
@@ -56,15 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """The exit code of `work`, with everything a person can act on said in one line."""
-    install()  # so that what is done is kept
+    stopping.install()  # so that what is done is kept
     try:
         return work()
     except ConfigurationError as error:
         print(f"swath: error: {error}", file=sys.stderr)
         return 2
-    except Interruption as ended:
+    except KeyboardInterrupt:
         print("swath: interrupted; run the same command again to go on", file=sys.stderr)
-        return 128 + ended.number
+        return 128 + stopping.last
     except Exception as error:
         if not (explained := explain(error)):
             raise
@@ -80,18 +80,17 @@ def explain(error: Exception) -> tuple[int, str] | None:
 
     from model.checkpoint import CheckpointError
     from pipeline.attempts import ERRORS, reason
+    from pipeline.cluster import ClusterError
     from pipeline.lease import HeldError
     from pipeline.run import IncompleteRunError
     from pipeline.stopping import StoppedError
 
-    if isinstance(error, CheckpointError):
-        return 2, f"error: {error}"
-    if isinstance(error, IncompleteRunError):
-        return 1, str(error)
-    if isinstance(error, HeldError):
-        return 3, f"error: {error}"
     if isinstance(error, StoppedError):
         return 128 + error.number, str(error)
+    if isinstance(error, (IncompleteRunError, ClusterError)):
+        return 1, str(error)
+    if isinstance(error, (CheckpointError, HeldError)):
+        return 2 if isinstance(error, CheckpointError) else 3, f"error: {error}"
     if isinstance(error, (*ERRORS, pa.ArrowException, duckdb.Error)):  # a full disk, a store or a file of ours gone bad
         return 1, f"error: {type(error).__name__}: {reason(error)}"
     return None

@@ -4,6 +4,7 @@ The clients below (botocore, s3fs, obstore) are told not to try again by themsel
 every attempt is counted. What no further attempt can mend, a missing object or a wrong key, is raised at once.
 """
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -13,19 +14,42 @@ import aiohttp
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    CredentialRetrievalError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
     ResponseStreamingError,
+    SSLError,
+    TokenRetrievalError,
 )
 from botocore.exceptions import ConnectionError as ConnectingError
 from botocore.parsers import ResponseParserError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 ERRORS = (OSError, BotoCoreError, ClientError, aiohttp.ClientError, TimeoutError)  # what a store that fails raises
-CREDENTIALS = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch")
+CREDENTIALS = (
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+)
+PASSING = (  # what clients raise where no answer came, or half of one
+    aiohttp.ClientError,
+    ConnectingError,
+    ConnectionError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseParserError,
+    ResponseStreamingError,
+    TimeoutError,
+)
+LASTING = (SSLError, aiohttp.InvalidURL, aiohttp.ClientSSLError)  # of them, where no other would come
 THROTTLED = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests")
 DAMAGED = ("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")  # on the way to the store
+QUERY = re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\"]*")  # of an address, where a signature would be
 CAUSES = ("throttled", "server", "connection", "timeout", "checksum")
 AT_THE_DOOR = 10.0  # seconds: the most that a store is tried again before there is any work to lose
 PAUSES = 0.2, 15.0  # seconds: a pause is up to the first, then up to twice as much each time, up to the second
@@ -77,12 +101,9 @@ def cause(error: BaseException) -> str | None:
         return error.cause
     if client := client_error(error):
         return cause_of_reply(error_code(error), client.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    if isinstance(error, TimeoutError):
-        return "timeout"
     if isinstance(error, aiohttp.ClientResponseError):
         return cause_of_reply("", error.status)
-    passing = (HTTPClientError, ConnectingError, ResponseStreamingError, IncompleteReadError, ResponseParserError)
-    if isinstance(error, (*passing, aiohttp.ClientError, ConnectionError)):
+    if isinstance(error, PASSING) and not isinstance(error, LASTING):
         return "timeout" if "timeout" in type(error).__name__.lower() else "connection"
     return None
 
@@ -97,6 +118,13 @@ def cause_of_reply(code: str, status: int) -> str | None:
         return "timeout"
     conflicts = ("OperationAborted", "ConditionalRequestConflict")  # with another writer, which will be done soon
     return "server" if code in conflicts or (status >= 500 and status != 501) else None
+
+
+def is_of_credentials(error: BaseException) -> bool:
+    """Whether a store failed for want of good credentials, which is no object's fault."""
+    return error_code(error) in CREDENTIALS or isinstance(
+        error, (NoCredentialsError, CredentialRetrievalError, TokenRetrievalError)
+    )
 
 
 def note(state: RetryCallState) -> None:
@@ -131,7 +159,7 @@ def reason(error: BaseException) -> str:
             return "QuotaExceeded: the store takes no more from this user or bucket; make place or raise its quota"
         case PermissionError():
             return "access denied; check the credentials and what they allow"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = QUERY.sub(r"\1", " ".join(str(error).split())) or type(error).__name__
     return f"{code}: {text}"[:300] if code and code not in text else text[:300]
 
 

@@ -31,6 +31,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class ClusterError(Exception):
+    """Ray itself has failed; what is written stays."""
+
+
 def check_network(settings: WorkerSettings) -> None:
     """Raise `ConfigurationError` at once for what would fail later: Ray itself looks for a cluster for minutes."""
     address = ray_address(settings) or ""
@@ -57,6 +61,7 @@ def ray_address(settings: ClusterSettings) -> str | None:
 def ray_session(settings: ClusterSettings) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray that ends with the block; quiet, as the listener speaks."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    before = [signal.getsignal(number) for number in stopping.NUMBERS]
     import ray.data  # noqa: PLC0415  (takes a second, for which a run that finds nothing to do need not wait)
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it warns of its own way to start pools of actors
@@ -75,11 +80,13 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
     context.enable_progress_bars = False
     context.target_max_block_size = None
     context.max_errored_blocks = FAILED_SHARDS
-    before = [signal.getsignal(number) for number in stopping.NUMBERS]
     stopping.install()  # here, as ray.init installs its own
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray says on stdout that a worker has died
             yield
+    except ray.exceptions.RayError as error:
+        last = " ".join(str(error).strip().split("\n")[-1].split())[:300]
+        raise ClusterError(f"Ray failed ({type(error).__name__}: {last}); run the same command again") from error
     finally:
         for number, handler in zip(stopping.NUMBERS, before, strict=True):
             signal.signal(number, handler)

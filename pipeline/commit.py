@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,8 +23,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.attempts import agreed
+from pipeline.attempts import agreed, reason
 from pipeline.config import ConfigurationError, StorageSettings
+from pipeline.filesystems import is_plain
 from pipeline.lease import Lease
 from pipeline.plan import PART_SHARDS, Origin, Plan, PlannedImage, planned_images
 from pipeline.plan import SCHEMA as PLAN_SCHEMA
@@ -33,6 +35,7 @@ from pipeline.tables import stored
 from pipeline.totals import Totals
 
 CLAIMED = pa.schema([PLAN_SCHEMA.field("uri"), PLAN_SCHEMA.field("etag")])
+FOOTERS, CHUNK = 16, 1_000  # that are read at once, and that are held
 DIGEST = 16  # characters of a plan's digest that its files' names have
 RUNS_NAMED = 5  # where one is not found
 SHARD = re.compile(r"shard-(\d{6,})\.parquet")
@@ -114,10 +117,11 @@ class Run:
         """What its driver holds."""
         return Lease(self.store, self.lease_name, f"run {self.id}")
 
-    def totals(self, shards: list[int]) -> list[Totals]:
-        """What each of `shards`, which are all there, holds; read from the files' footers."""
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(self.shard_totals, shards))
+    def totals(self, shards: list[int]) -> Iterator[Totals]:
+        """What each of `shards`, which are all there, holds; read from the files' footers, some at once."""
+        with ThreadPoolExecutor(FOOTERS) as pool:
+            for start in range(0, len(shards), CHUNK):
+                yield from pool.map(self.shard_totals, shards[start : start + CHUNK])
 
     def shard_totals(self, shard: int) -> Totals:
         """Raises FileNotFoundError when the shard is not there."""
@@ -128,9 +132,10 @@ class Run:
             except (pa.ArrowException, KeyError) as error:
                 return error
 
-        found = agreed(read, str)  # as a part of an object comes without a checksum, and a footer has none of its own
+        # a part of an object comes without a checksum, and the footer has none of its own
+        found = agreed(read, str) if is_plain(self.store.filesystem) else read()
         if isinstance(found, Exception):
-            raise found
+            raise OSError(f"{self.shard_name(shard)} is damaged ({reason(found)}); see swath verify")
         return Totals(**json.loads(found))
 
     def open_shard(self, shard: int) -> pq.ParquetFile:

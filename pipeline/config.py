@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -40,7 +40,7 @@ class StorageSettings(BaseModel):
         None, "S3 region (else AWS_REGION, AWS_DEFAULT_REGION or the profile's)", "Storage", "NAME"
     )
     anonymous: bool = option(False, "use no credentials, for public buckets", "Storage")
-    storage_option: dict[str, str | int | float | bool] = option(
+    storage_option: Annotated[dict[str, str | int | float | bool], Field(repr=False)] = option(  # it may be secret
         {}, "any other fsspec option, as PROTOCOL.KEY=VALUE (gs.token=anon); repeatable", "Storage", "OPTION"
     )
 

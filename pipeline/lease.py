@@ -62,7 +62,8 @@ class Lease:
 
     def __init__(self, store: Store, name: str, what: str):
         """`what` says in messages what is leased: "run night-1"."""
-        self.store, self.name, self.what = store, name, what
+        hasty = store.settings.model_copy(update={"retry_seconds": RENEWED_EVERY})  # a lease does not wait
+        self.store, self.name, self.what = Store(store.url, hasty), name, what
         self.number, self.holder = -1, Holder.here()
         self.ended = threading.Event()
         self.lost = False
@@ -93,7 +94,7 @@ class Lease:
     def close(self) -> None:
         """Give the lease back."""
         self.ended.set()
-        self.thread.join()
+        self.thread.join(RENEWED_EVERY)
         with suppress(*ERRORS):  # it ends by itself
             if self.is_ours():
                 self.holder = replace(self.holder, released=True)
@@ -115,7 +116,7 @@ class Lease:
         """Whether the lease may be taken over from a holder, who is watched for a while where a clock alone says so."""
         if holder.released or holder.is_gone():
             return True
-        if time.time() - holder.renewed < SECONDS:
+        if abs(time.time() - holder.renewed) < SECONDS:
             return False
         time.sleep(1.5 * RENEWED_EVERY)
         return latest(self.store, self.name) == (number, holder)

@@ -44,9 +44,12 @@ class Report:
 class Quarantine:
     """A road whose images are done in processes apart."""
 
-    def __init__(self, start: bytes, retried: Callable[[dict[str, int]], object]):
-        """`start` is what `isolation` calls in a new process: `along` a road, pickled. `retried` hears of retries."""
+    def __init__(self, start: bytes, retried: Callable[[dict[str, int]], object], retry_seconds: float):
+        """`start` is what `isolation` calls in a new process: `along` a road, pickled. `retried` hears of retries, for
+        which a process may be silent for `retry_seconds`, and as long again.
+        """
         self.start, self.retried = start, retried
+        self.patience = PATIENCE + 2 * retry_seconds
 
     def send(self, images: Sequence[PlannedImage]) -> Shard:
         """Put the images of a shard on their way, in a process of their own."""
@@ -57,7 +60,7 @@ class Quarantine:
     def work(self, shard: Shard) -> None:
         largest = max((image.width or 0) * (image.height or 0) for image in shard.images)
         try:
-            for number, said in work_apart(self.start, shard.images, PATIENCE + SLOWEST * largest):
+            for number, said in work_apart(self.start, shard.images, self.patience + SLOWEST * largest):
                 if number is None:
                     self.note(shard, said)
                 elif isinstance(said, Death):

@@ -12,6 +12,7 @@ import os
 import re
 import threading
 from collections import Counter
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -19,7 +20,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
-from pipeline.attempts import ERRORS, PassingError, error_code, patiently
+from pipeline import attempts
+from pipeline.attempts import ERRORS, error_code, patiently
 from pipeline.config import StorageSettings
 from pipeline.filesystems import etag_of, local_etag, open_filesystem, regular_file
 from pipeline.s3 import Fetcher, Piece, fetcher, get_object
@@ -62,13 +64,12 @@ class Reader:
 
     def get(self, uri: str, start: int, end: int | None, etag: str = "") -> Piece:
         """Bytes `start` to `end`, or fewer where the object ends before. Raises as `fetch`."""
-        attempts, readings = count(), Counter[str]()
+        tries = count()
 
         def once() -> Piece:
-            piece = self.piece(uri, start, end, etag, next(attempts))
-            if len(piece.data) == piece.bytes:
-                self.check(uri, piece, readings)
-            return piece
+            piece = self.piece(uri, start, end, etag, next(tries))
+            is_whole = len(piece.data) == piece.bytes
+            return self.checked(uri, piece, lambda: self.piece(uri, start, end, etag, 1)) if is_whole else piece
 
         return patiently(once, self.settings.retry_seconds)
 
@@ -87,19 +88,22 @@ class Reader:
             raise ChangedError(uri)
         return piece
 
-    def check(self, uri: str, piece: Piece, readings: Counter[str]) -> None:
-        """Raise `PassingError` where a whole object is not what its etag says, until readings agree that it is."""
+    def checked(self, uri: str, piece: Piece, again: Callable[[], Piece]) -> Piece:
+        """A whole object whose bytes are those of its etag, or else the same in several readings."""
         place = "/".join(uri.split("/", 3)[:3])
         if not MD5.fullmatch(piece.etag) or not self.has_md5.get(place, True):
-            return
-        found = hashlib.md5(piece.data, usedforsecurity=False).hexdigest()
-        if found == piece.etag:
-            self.has_md5[place] = True
-            return
-        readings[found] += 1
-        if readings[found] < SURE:
-            raise PassingError("checksum", f"{uri}: its bytes are not those of its etag")
-        self.has_md5.setdefault(place, False)
+            return piece
+        readings = Counter[str]()
+        while (found := hashlib.md5(piece.data, usedforsecurity=False).hexdigest()) != piece.etag:
+            readings[found] += 1
+            if readings[found] == SURE:
+                self.has_md5.setdefault(place, False)
+                return piece
+            piece = again()
+        self.has_md5[place] = True
+        for _ in range(readings.total()):
+            attempts.count("checksum")
+        return piece
 
     def store(self, uri: str) -> tuple[AbstractFileSystem, Fetcher | None]:
         """The file system of a URI, and what gets S3 objects sooner, where that can be."""

@@ -33,7 +33,7 @@ from model.labels import LabelSet
 from model.predictor import Predictor, use_threads
 from model.segmentation import Segmentation
 from pipeline import attempts
-from pipeline.attempts import CREDENTIALS, ERRORS, error_code, reason
+from pipeline.attempts import ERRORS, cause, is_of_credentials, reason
 from pipeline.config import SegmentSettings
 from pipeline.containers import ContainerError, Images
 from pipeline.decode import DecodeError, decode, resize
@@ -60,6 +60,10 @@ ALLOCATION_FAILED = (
 )  # PyTorch, CUDA, its libraries
 CHANGED = Outcome("changed", "the object is another one than was indexed; run again")
 FAILED = Outcome("failed")  # of an image whose shard has failed, and is never put
+
+
+class AwayError(Exception):
+    """The store gives nothing at all, for which no image can be blamed."""
 
 
 @dataclass(eq=False)
@@ -152,8 +156,12 @@ class Road:
         settings: SegmentSettings,
         threads: int,
         memory: int,
+        answers: Callable[[], bool] = lambda: True,
     ):
-        """`threads` each decode, encode and, on a CPU, run the network; `memory` is in bytes."""
+        """`threads` each decode, encode and, on a CPU, run the network; `memory` is in bytes; `answers` says whether
+        the store gives anything, when it has failed for long.
+        """
+        self.answers = answers
         self.source, self.predictor, self.labels, self.settings = source, predictor, labels, settings
         self.policy = parse_policy(settings.policy)
         self.batch_pixels = settings.batch_pixels or predictor.batch_pixels
@@ -265,7 +273,7 @@ class Road:
             item.outcome = Outcome("too_large", f"{image.width}x{image.height} is over --max-pixels {limit:,}")
             return
         try:
-            item.data = self.source.fetch(image)
+            item.data = self.read(image)
         except FileNotFoundError:
             item.outcome = Outcome("missing", "the object is gone since it was indexed")
         except ChangedError:
@@ -273,12 +281,26 @@ class Road:
         except ContainerError as error:
             item.outcome = Outcome("unreadable", str(error))
         except ERRORS as error:
-            if error_code(error) in CREDENTIALS:
+            if is_of_credentials(error):
                 raise
             item.job.failure = error
             item.outcome = Outcome("failed", reason(error))
         else:
             item.job.fetched = True
+
+    def read(self, image: PlannedImage) -> bytes:
+        """The image's bytes. What a store has failed to give for so long is asked for once more if it gives others.
+
+        Raises `AwayError` if it does not, as `Images.fetch` otherwise.
+        """
+        try:
+            return self.source.fetch(image)
+        except ERRORS as error:
+            if not cause(error):
+                raise
+            if not self.answers():
+                raise AwayError(reason(error)) from None
+        return self.source.fetch(image)
 
     def decode(self, item: Item) -> None:
         """Bytes to pixels at the size that the network wants."""

@@ -5,7 +5,6 @@ What happens to an image? `prepare` finds it and puts it into a shard, `segment_
 """
 
 import contextlib
-import math
 import platform
 import secrets
 import threading
@@ -39,7 +38,7 @@ from pipeline.cluster import (
 )
 from pipeline.commit import Contents, Run, claimed, leave_out, unfinished
 from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
-from pipeline.filesystems import public_url, storage_options
+from pipeline.filesystems import is_plain, open_filesystem, public_url, storage_options
 from pipeline.index import update_index
 from pipeline.inputs import summary
 from pipeline.lease import HeldError, Lease
@@ -48,12 +47,13 @@ from pipeline.plan import Origin, Plan, make_plan, most_work_first
 from pipeline.policy import parse_policy
 from pipeline.seal import sealed
 from pipeline.segment import SHARDS_AHEAD, STOPPED, Job, Segmenter
-from pipeline.stopping import Over, Request, StoppedError, until_asked_to_end
+from pipeline.stopping import Request, StoppedError, until_asked_to_end
 from pipeline.storage import Store
 from pipeline.tables import Workspace, workspace
 from pipeline.totals import Totals, add
 
 PLANNING = "leases/planning"
+PLANNING_LOOKED_EVERY = 3.0  # seconds
 LOOKED_EVERY = 0.5  # seconds
 IDLE = 10.0  # seconds with nothing under way, when a run is to stop
 
@@ -124,17 +124,20 @@ def do_run(
     Raises `HeldError` before any work, `StoppedError` and `IncompleteRunError` after all that could be done.
     """
     with contextlib.ExitStack() as held:
-        with alone_planning(output, listener) as planning:
-            run = find_run(settings, output, origin, listener)
-            if record := run.record():
-                listener.say(
-                    f"run {run.id} is complete: {record['images']:,} images as planned, nothing to do "
-                    "(leave out --run-id for images that came later)"
-                )
-                return Result(record, is_new=False)
-            if not (plan := prepare(run, origin, new_plan, planning)):
-                return Result(None, is_new=False)
-            lease = held.enter_context(run.lease())
+        run = find_run(settings, output, origin, listener)
+        if not (plan := run.contents()):
+            with alone_planning(output, listener) as planning:
+                run = find_run(settings, output, origin, listener)  # another driver may have planned it meanwhile
+                plan = prepare(run, origin, new_plan, planning)
+        if not plan:
+            return Result(None, is_new=False)
+        if record := run.record():
+            listener.say(
+                f"run {run.id} is complete: {record['images']:,} images as planned, nothing to do "
+                "(leave out --run-id for images that came later)"
+            )
+            return Result(record, is_new=False)
+        lease = held.enter_context(run.lease())
         started = time.time()
         stretch = segment_shards(settings, checkpoint, run, plan, lease, listener, worker)
         return Result(commit(settings, checkpoint, run, origin, started, stretch), is_new=True)
@@ -151,7 +154,7 @@ def alone_planning(output: Store, listener: Listener) -> Iterator[Lease]:
             if not told:
                 listener.say(f"waiting: {error}")
             told = True
-            time.sleep(LOOKED_EVERY)
+            time.sleep(PLANNING_LOOKED_EVERY)
         else:
             break
     with contextlib.closing(lease):
@@ -169,7 +172,7 @@ def check_engine(settings: SegmentSettings, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(settings: PlanSettings) -> Checkpoint:
-    """The network. What comes from S3 may come damaged: it is read until two readings agree, or fail, alike."""
+    """The network. What comes over plain HTTP may come damaged: it is read until two readings agree, or fail, alike."""
 
     def read() -> Checkpoint | CheckpointError:
         try:
@@ -182,7 +185,10 @@ def read_checkpoint(settings: PlanSettings) -> Checkpoint:
     def told(found: Checkpoint | CheckpointError) -> str:
         return str(found) if isinstance(found, CheckpointError) else found.digest
 
-    found = agreed(read, told) if get_protocol(settings.checkpoint) in ("s3", "s3a") else read()
+    found = read()
+    is_s3 = get_protocol(settings.checkpoint) in ("s3", "s3a")
+    if is_s3 and (isinstance(found, CheckpointError) or is_plain(open_filesystem(settings.checkpoint, settings)[0])):
+        found = agreed(read, told)
     if isinstance(found, CheckpointError):
         raise found
     return found
@@ -273,7 +279,7 @@ def segment_shards(
         hub = start_hub(settings, run.id, version, images, shards, choose_port(settings))
         errors: list[str] = []
         with (
-            contextlib.suppress(Over),
+            ending_quietly(request),
             watching(hub, images, listener),
             ending(hub, lease, request, settings.grace, listener),
         ):
@@ -412,6 +418,16 @@ def installed(package: str) -> str:
 
 
 @contextlib.contextmanager
+def ending_quietly(request: Request) -> Iterator[None]:
+    """A block whose interruption is no error where the request is over."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not request.is_over:
+            raise
+
+
+@contextlib.contextmanager
 def watching(hub: Any, images: int, listener: Listener) -> Iterator[None]:
     """Tell the listener each second how far the workers are, and once more at the end."""
 
@@ -427,27 +443,23 @@ def watching(hub: Any, images: int, listener: Listener) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending(hub: Any, lease: Lease, request: Request, grace: float, listener: Listener) -> Iterator[None]:
-    """End the block early, by `Over`, when the lease is lost, or when that was asked for and it does not end by itself.
+    """Interrupt the block when the lease is lost, or when an end was asked for and it does not end by itself.
 
     Then workers begin no shard any more, but say so of each; of very many that takes a while, for which nobody waits.
     """
-    asked = busy = math.inf
+    asked = busy = 0.0
 
     def look() -> None:
         nonlocal asked, busy
         now = time.monotonic()
-        if lease.lost:
-            request.end()
-        if not request.number:
-            return
-        ray.get(hub.stop.remote())  # each time, as a hub that was started anew has not heard of it
-        if asked == math.inf:
-            asked = now
+        if request.number and not asked:
+            asked = busy = now
             listener.say(f"stopping: shards under way have {grace:g} s to end; once more to stop at once")
-        if asked == now or ray.get(hub.snapshot.remote()).begun:
-            busy = now
-        if now - asked >= grace or now - busy >= IDLE:
+        if lease.lost or (asked and (now - asked >= grace or now - busy >= IDLE)):
             request.end()
+        elif asked:
+            ray.get(hub.stop.remote(), timeout=IDLE)  # each time, as a hub that was started anew has not heard of it
+            busy = now if ray.get(hub.snapshot.remote(), timeout=IDLE).begun else busy
 
     with each(LOOKED_EVERY, look):
         yield
@@ -460,7 +472,8 @@ def each(seconds: float, work: Callable[[], None]) -> Iterator[None]:
 
     def repeat() -> None:
         while not ended.wait(seconds):
-            work()
+            with contextlib.suppress(ray.exceptions.RayError):  # the hub is away; the next time, perhaps
+                work()
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

@@ -24,6 +24,7 @@ from pipeline.attempts import PassingError, cause_of_reply
 
 FAILURES = 20  # one after the other, and this is no client for this server
 CREDENTIALS_FOR = timedelta(minutes=5)  # then botocore is asked again, which renews those that end
+LONGEST = 600.0  # seconds that an object may take, however it trickles
 TIMEOUTS = {"connect_timeout": "5s", "timeout": "60s"}
 STATUS = re.compile(r"\bstatus (\d{3})\b")  # in obstore's words
 
@@ -95,7 +96,7 @@ def get_object(filesystem: S3FileSystem, path: str, start: int, end: int | None)
         size = int(found["ContentRange"].rpartition("/")[2]) if "ContentRange" in found else found["ContentLength"]
         return Piece(data, found["ETag"].strip('"'), size)
 
-    return sync(filesystem.loop, get)
+    return sync(filesystem.loop, get, timeout=LONGEST)
 
 
 def cause_of(words: str) -> str:

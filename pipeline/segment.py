@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -77,7 +78,9 @@ class Segmenter:
         self.run = Run(Store(settings.output, settings), job.run_id)
         self.plan = PlanFiles(self.run)
         self.source = Images(Reader(settings), settings.image_column)
-        self.road = Road(self.source, self.predictor, self.labels, settings, job.threads, job.memory)
+        self.road = Road(
+            self.source, self.predictor, self.labels, settings, job.threads, job.memory, self.store_answers
+        )
         self.turns = Turns()
         self.started = resident_memory("VmHWM")
         self.largest_shard = 0  # pixels
@@ -122,16 +125,15 @@ class Segmenter:
 
     def finish_shard(self, shard: int, deaths: int) -> None:
         """Do one shard and put it, unless an earlier attempt already has, and tell the hub."""
-        try:
+        if deaths and shard in self.run.done():  # the worker died when it had put it
             totals, seconds = self.run.shard_totals(shard), 0.0
-        except FileNotFoundError:
-            if deaths < DEATHS:
-                with self.turns.together():
-                    totals, seconds = self.do_shard(shard, self.road)
-            else:
-                logging.warning("shard %d has ended %d workers, and is done apart", shard, deaths)
-                with self.turns.alone():
-                    totals, seconds = self.do_shard(shard, self.quarantine())
+        elif deaths < DEATHS:
+            with self.turns.together():
+                totals, seconds = self.do_shard(shard, self.road)
+        else:
+            logging.warning("shard %d has ended %d workers, and is done apart", shard, deaths)
+            with self.turns.alone():
+                totals, seconds = self.do_shard(shard, self.quarantine())
         self.tell_retries()
         memory = (resident_memory("VmHWM"), self.bound())
         ray.get(self.hub.finish.remote(shard, totals, seconds, memory))
@@ -156,7 +158,9 @@ class Segmenter:
         settings = job.settings.model_copy(update={"batch_pixels": self.road.batch_pixels})
         half = replace(job, settings=settings, threads=max(1, job.threads // 2), memory=job.memory // 2)
         open_road = partial(road_of, type(self), half, ray.get(self.checkpoint))
-        return Quarantine(ray.cloudpickle.dumps(partial(along, open_road)), self.hub.retried.remote)
+        return Quarantine(
+            ray.cloudpickle.dumps(partial(along, open_road)), self.hub.retried.remote, settings.retry_seconds
+        )
 
     def images(self, shard: int) -> list[PlannedImage]:
         """What the plan says about a shard."""
@@ -191,13 +195,16 @@ class Segmenter:
             self.hub.retried.remote(counts)
 
     def store_answers(self) -> bool:
-        """Whether any of a few objects from all over the plan can be read."""
+        """Whether any of a few objects from all over the plan can be read, now."""
         shards = len(self.plan.contents.images)
-        return any(self.can_read(self.plan.images(shards * part // PROBES)[0]) for part in range(PROBES))
+        with ThreadPoolExecutor(PROBES) as pool:
+            return any(pool.map(self.can_read, (shards * part // PROBES for part in range(PROBES))))
 
-    def can_read(self, image: PlannedImage) -> bool:
+    def can_read(self, shard: int) -> bool:
+        """Whether the first object of a shard can be read at the first attempt."""
         try:
-            self.source.reader.get(image.file or image.uri, 0, 1)
+            image = self.plan.images(shard)[0]
+            self.source.reader.piece(image.file or image.uri, 0, 1, "", 0)
         except ERRORS:
             return False
         return True

@@ -5,20 +5,19 @@ no shard is begun any more, those under way may end within the grace, and a seco
 """
 
 import contextlib
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+HEARD_WITHIN = 10.0  # seconds
 
 
 class Interruption(KeyboardInterrupt):
-    """A signal that ends the job at once."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+    """A signal that ends the job at once. Where it meets Ray's own code, that makes a plain KeyboardInterrupt of it."""
 
 
 class StoppedError(Exception):
@@ -29,33 +28,38 @@ class StoppedError(Exception):
         self.number = number
 
 
-class Over(Interruption):
-    """What was asked to end has ended."""
-
-
 class Request:
-    """Whether an end was asked for, and by which signal."""
+    """Whether an end was asked for, and by which signal; and whether there is nothing left to wait for."""
 
     number = 0
     is_over = False
+    raised = -math.inf  # when it was last said
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if self.is_over:
-            install()  # once is enough
-            raise Over(self.number or number)
+            self.raised = time.monotonic()
+            raise Interruption
         if self.number:
             end_at_once(number, frame)
         self.number = number
 
     def end(self) -> None:
-        """Raise `Over` in the main thread, whatever it waits for: said by another one that knows there is no need."""
-        if not self.is_over:
-            self.is_over = True
+        """Interrupt the main thread, whatever it waits for: said by another one that knows there is no need.
+
+        Said again it does so again, as Python drops what a handler raises within a destructor.
+        """
+        self.is_over = True
+        if time.monotonic() - self.raised > HEARD_WITHIN:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
+last = signal.SIGINT  # that has ended this process at once
+
+
 def end_at_once(number: int, _: FrameType | None = None) -> None:
-    raise Interruption(number)
+    global last  # noqa: PLW0603  (signals are the process's)
+    last = signal.Signals(number)
+    raise Interruption
 
 
 def install() -> None:

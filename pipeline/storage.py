@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any, TypeVar
 
 from botocore.exceptions import BotoCoreError
@@ -162,7 +161,7 @@ class Store:
     def changed(self, name: str) -> float:
         """When the object `name` was put, in seconds since 1970; 0 where it is not there or the store does not say."""
         try:
-            return self.filesystem.modified(self.path(name)).timestamp()
+            return self.patiently(lambda: self.filesystem.modified(self.path(name))).timestamp()
         except (FileNotFoundError, NotImplementedError):
             return 0.0
 
@@ -172,8 +171,6 @@ class Store:
             return sorted(filter(None, self.names_on_s3(folder) if self.is_s3 else self.names_elsewhere(folder)))
         except FileNotFoundError:
             return []
-        except ERRORS as error:
-            raise ConfigurationError(f"{self.url}: cannot be listed: {reason(error)}") from None
 
     def names_on_s3(self, folder: str) -> Iterator[str]:
         bucket, _, key = self.path(folder).partition("/")
@@ -189,19 +186,13 @@ class Store:
     def put(self, name: str, data: bytes, only_new: bool = False) -> None:
         """Put an object whole: a reader sees all of it or none. With `only_new`, FileExistsError if it is there.
 
-        Where a put that the store has done was not heard of, what is there then is our own, and no error.
+        Where the same is there already it may be our own, put by a request whose reply was lost, and is no error.
         """
-        attempts = count()
-
-        def once() -> None:
-            is_first = not next(attempts)
-            try:
-                self.put_once(name, data, only_new)
-            except FileExistsError:
-                if is_first or self.read(name) != data:
-                    raise
-
-        self.patiently(once)
+        try:
+            self.patiently(lambda: self.put_once(name, data, only_new))
+        except FileExistsError:
+            if self.read(name) != data:
+                raise
 
     def put_once(self, name: str, data: bytes, only_new: bool) -> None:
         path = self.path(name)

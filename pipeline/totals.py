@@ -75,7 +75,7 @@ def add(parts: Iterable[Totals]) -> Totals:
     counts: Counter[str] = Counter()
     groups: dict[str, Counter[str]] = {}
     for part in parts:
-        for name, value in asdict(part).items():
+        for name, value in vars(part).items():
             if isinstance(value, dict):
                 groups.setdefault(name, Counter()).update(value)
             else:

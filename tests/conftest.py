@@ -26,6 +26,13 @@ from pipeline.run import segment
 NAMES = ["sky", "land", "water", "it's <b>odd</b>", "life"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what is dear to make run in one process: those of a file, and all of chaos."""
+    for item in items:
+        folder, name = item.path.parent.name, str(item.path)
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "chaos" else name))
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server, whose address and keys are in the environment. Installed where it is missing."""
