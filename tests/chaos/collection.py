@@ -7,7 +7,6 @@ repeats what a failed test was given.
 import contextlib
 import hashlib
 import io
-import json
 import os
 import random
 import re
@@ -43,19 +42,25 @@ class Collection:
     bucket: str
     folder: Path
     checkpoint: str
+    ray_address: str  # of the cluster that tests share, as it takes seconds to start one
     expected: Outcomes = field(repr=False)
 
     @property
     def url(self) -> str:
         return f"{self.bucket}/photos"
 
-    def options(self) -> list[str]:
-        """With which `expected` was made, and which everyone else must use to get the same."""
-        return ["--checkpoint", self.checkpoint, "--policy", "short=32", "--shard-images", str(SHARD)]
-
     def settings(self) -> dict[str, object]:
-        """The same options, for `SegmentSettings`."""
+        """With which `expected` was made, and which everyone else must use to get the same."""
         return {"checkpoint": self.checkpoint, "policy": "short=32", "shard_images": SHARD}
+
+    def on_cluster(self) -> dict[str, object]:
+        """The same on the cluster, by one worker."""
+        return self.settings() | {"ray_address": self.ray_address, "workers": "1", "cpus_per_worker": 1}
+
+
+def options(settings: dict[str, object]) -> list[str]:
+    """Settings as the command line has them."""
+    return [text for name, value in settings.items() for text in ("--" + name.replace("_", "-"), str(value))]
 
 
 def draw(folder: Path, images: int) -> None:
@@ -106,12 +111,6 @@ def shards(output: str) -> int:
     filesystem, root = fsspec.url_to_fs(output)
     filesystem.invalidate_cache()
     return len(filesystem.glob(f"{root}/segments/*/shard-*.parquet"))
-
-
-def spoiled_decoder(**wanted: object) -> dict[str, str]:
-    """The environment in which decoding is slow or deadly; see decoder/sitecustomize.py."""
-    path = os.pathsep.join(filter(None, (str(DECODER), str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {"CHAOS_DECODER": json.dumps(wanted), "PYTHONPATH": path}
 
 
 class Driver:
@@ -175,20 +174,26 @@ class Driver:
             self.kill()
 
 
-def session(leader: int) -> dict[int, str]:
-    """The command line of each process that is alive in a session, by its id."""
-    found = {}
+def session(leader: int) -> list[int]:
+    """The processes in a session that are alive."""
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == leader and fields[0] != "Z":
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+                found.append(int(folder.name))
     return found
 
 
-def named(leader: int, text: str) -> list[int]:
-    """The processes of a session whose command line has `text`, oldest first."""
-    return sorted(pid for pid, command in session(leader).items() if text in command)
+def below(parents: set[int], text: str) -> list[int]:
+    """The children of some processes whose command line has `text`, oldest first."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) in parents and fields[0] != "Z" and text in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+    return sorted(found)
 
 
 class Onlooker:

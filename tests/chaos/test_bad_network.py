@@ -17,7 +17,9 @@ FAULTS = (
 def test_a_bad_network_changes_nothing_and_is_counted(s3, photos: Collection, seed: int):
     output, onlooker = f"{photos.bucket}/bad-network", Onlooker()
     with FaultProxy(s3.endpoint_url, FAULTS, seed) as proxy:
-        settings = SegmentSettings(input=(photos.url,), output=output, endpoint_url=proxy.url, **photos.settings())
+        settings = SegmentSettings(
+            input=(photos.url,), output=output, run_id="night", endpoint_url=proxy.url, **photos.on_cluster()
+        )
         result = segment(settings, onlooker)
     print(f"{proxy.requests} requests, of which {dict(proxy.injected)}")
     assert outcomes(output) == photos.expected

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from infra.local.s3_server import S3Server
-from tests.chaos.collection import Collection, Driver, outcomes, remount, small_disk
+from tests.chaos.collection import Collection, Driver, options, outcomes, remount, small_disk
 
 FULL_DISK = ("No space left", "disk full", "out of disk")
 mounts = pytest.mark.skipif(
@@ -27,11 +27,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @mounts
 def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(photos: Collection, tmp_path: Path, disk: Path):
-    command = ["segment", photos.url, str(disk / "output"), *photos.options()]
+    command = ["segment", photos.url, str(disk / "output"), *options(photos.on_cluster())]
     with small_disk(tmp_path / "scratch", "64k") as scratch:
         (scratch / "filler").write_bytes(bytes(48 << 10))
-        environment = {"TMPDIR": str(scratch), "RAY_TMPDIR": "/tmp/ray"}
-        with Driver(tmp_path / "scratch-log", *command, environment=environment) as driver:
+        with Driver(tmp_path / "scratch-log", *command, environment={"TMPDIR": str(scratch)}) as driver:
             assert driver.wait() in (1, 2), driver.said()
             assert any(words in driver.complaint() for words in FULL_DISK), driver.said()
     with Driver(tmp_path / "full-log", *command) as driver:
@@ -49,7 +48,7 @@ def test_an_output_that_may_not_be_written_to_stops_a_run_before_any_work(
     photos: Collection, tmp_path: Path, disk: Path
 ):
     remount(disk, "ro")
-    with Driver(tmp_path / "log", "segment", photos.url, str(disk / "output"), *photos.options()) as driver:
+    with Driver(tmp_path / "log", "segment", photos.url, str(disk / "output"), *options(photos.on_cluster())) as driver:
         assert driver.wait(60) == 2
         assert "Read-only file system" in driver.complaint()
 
@@ -66,15 +65,17 @@ def test_a_full_quota_stops_a_run_that_goes_on_when_there_is_room(s3: S3Server, 
     few.mkdir()
     for path in sorted(photos.folder.iterdir())[:40]:
         shutil.copy(path, few)
-    command = ["segment", str(few), output, *photos.options()]
+    command = ["segment", str(few), output, *options(photos.on_cluster())]
+    for name_and_value in (f"s3.key={tenant.access_key}", f"s3.secret={tenant.secret_key}"):
+        command += ["--storage-option", name_and_value]  # for the workers too, whose environment is the cluster's
     s3.run("radosgw-admin", "quota", "set", "--quota-scope=user", f"--uid={name}", "--max-objects=6")
     s3.run("radosgw-admin", "quota", "enable", "--quota-scope=user", f"--uid={name}")
-    with Driver(tmp_path / "full-log", *command, environment=tenant.environment()) as driver:
+    with Driver(tmp_path / "full-log", *command) as driver:
         assert driver.wait() == 1, driver.said()
         assert "quota" in driver.complaint().lower()
     assert not filesystem.glob(f"{output}/runs/*/run.json")
     s3.run("radosgw-admin", "quota", "disable", "--quota-scope=user", f"--uid={name}")
-    with Driver(tmp_path / "log", *command, environment=tenant.environment()) as driver:
+    with Driver(tmp_path / "log", *command) as driver:
         assert driver.wait() == 0, driver.said()
     filesystem.get(f"{output}/segments/", str(tmp_path / "copy/segments/"), recursive=True)
     assert outcomes(str(tmp_path / "copy")) == {path.name: photos.expected[path.name] for path in few.iterdir()}

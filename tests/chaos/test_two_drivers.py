@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.collection import FULL, Collection, Driver, outcomes
+from tests.chaos.collection import FULL, Collection, Driver, options, outcomes
 
 TIMES = 20 if FULL else 1
 FEW = 12  # images
@@ -21,7 +21,7 @@ def test_of_two_drivers_at_once_one_works_and_one_is_refused(
     few.mkdir()
     for path in sorted(photos.folder.iterdir())[:FEW]:
         shutil.copy(path, few)
-    command = ["segment", str(few), output, *photos.options(), *(["--run-id", run_id] if run_id else [])]
+    command = ["segment", str(few), output, *options(photos.on_cluster() | ({"run_id": run_id} if run_id else {}))]
     with Driver(tmp_path / "one", *command) as one, Driver(tmp_path / "other", *command) as other:
         ended = {driver: driver.wait() for driver in (one, other)}
     said = one.said() + other.said()

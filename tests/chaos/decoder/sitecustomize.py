@@ -1,7 +1,7 @@
 """Makes decoding slow, or deadly for some images, in every process that has this folder on its PYTHONPATH.
 
-CHAOS_DECODER is JSON: "seconds" that each image takes longer, and the SHA-256 of images that end the process, by an
-exit code ("exit") or by a fault ("signal").
+CHAOS_DECODER is a file with JSON: "seconds" that each image takes longer, and the SHA-256 of images that end the
+process, by an exit code ("exit") or by a fault ("signal").
 """
 
 import ctypes
@@ -32,7 +32,8 @@ class Sabotage(importlib.abc.MetaPathFinder):
 
         def load_and_spoil(module: ModuleType) -> None:
             load(module)
-            spoil(module, json.loads(os.environ["CHAOS_DECODER"]))
+            with open(os.environ["CHAOS_DECODER"], encoding="ascii") as file:
+                spoil(module, json.load(file))
 
         spec.loader.exec_module = load_and_spoil  # type: ignore[method-assign]
         return spec

@@ -1,0 +1,1 @@
+"""Real runs, disturbed: a package, so that what its tests share ends with them."""
