@@ -28,8 +28,10 @@ def main() -> int:
     try:
         packages = json.loads(done.stdout)["dependencies"]
     except ValueError:
-        print(f"dependencies: not audited: {done.stderr.strip().splitlines()[-1:]}")
-        return 0
+        said = done.stderr.strip().splitlines()[-1:]
+        is_away = "requests.exceptions" in done.stderr
+        print("dependencies: not audited:", *said)
+        return 0 if is_away else 1
     audited = [package for package in packages if "vulns" in package]
     if not audited:
         print("dependencies: not audited, as the index that is reached here gives no advisories")

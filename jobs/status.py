@@ -45,7 +45,7 @@ def print_status(status: "Status") -> None:
     console = Console(soft_wrap=True, highlight=False)
     totals, left = status.totals, status.shards - status.shards_done
     share = status.images_done / max(1, status.images)
-    console.print(f"run      {escape(status.url)}  model {status.model_version}")
+    console.print(f"run      {escape(status.url)}  model {escape(status.model_version)}")
     console.print(f"images   {status.images_done:,} of {status.images:,} done, {share:.1%}")
     console.print(f"shards   {status.shards_done:,} of {status.shards:,} done, {left:,} left")
     if totals.halvings or totals.quarantined:
@@ -53,7 +53,7 @@ def print_status(status: "Status") -> None:
     if status.driver:
         console.print(f"driver   {escape(status.driver)}")
     if status.finished:
-        console.print(f"finished {status.finished}, after {clock(status.seconds or 0)}")
+        console.print(f"finished {escape(status.finished)}, after {clock(status.seconds or 0)}")
     if totals.images:
         console.print(f"read     {size(totals.input_bytes)}, {size(totals.output_bytes)} of masks\n")
         print_statuses(console, totals.statuses, totals.reasons)

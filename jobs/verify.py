@@ -1,4 +1,4 @@
-"""Prove an output: every image has one row, every row is whole, and nothing is there besides.
+"""Prove an output: every image has one row, every row is whole, and no row is there besides.
 
 Reads all that segment has written: shards and the masks in them, plans, records, the index, with as many machines as
 there are. Prints what it has read and, if anything is wrong, the first 20 things, one a line. Exit code 0 when all is
@@ -32,7 +32,7 @@ def run(settings: VerifySettings) -> int:
     if findings.count > len(findings.first):
         console.print(f"wrong    {findings.count - len(findings.first):,} things more")
     if findings.count:
-        console.print(f"\n{settings.output} is not proven: {findings.count:,} things are wrong")
+        console.print(f"\n{escape(settings.output)} is not proven; wrong: {findings.count:,}")
         return 1
-    console.print(f"\n{settings.output} is proven: nothing lost, nothing twice, nothing damaged")
+    console.print(f"\n{escape(settings.output)} is proven: nothing lost, nothing twice, nothing damaged")
     return 0

@@ -92,13 +92,14 @@ class Run:
         self.store.put(self.plan_name, json.dumps(contents, separators=(",", ":")).encode(), only_new=True)
 
     def contents(self) -> Contents | None:
-        """What the plan holds, or None while there is none."""
-        try:
-            found = json.loads(self.store.read(self.plan_name))
-        except FileNotFoundError:
+        """What the plan holds, or None while there is none. Raises `ConfigurationError` for a damaged one."""
+        if not (found := self.read(self.plan_name)):
             return None
-        lists = {name: tuple(found["origin"][name]) for name in ("input", "include", "exclude")}
-        return Contents(**found | {"origin": Origin(**found["origin"] | lists)})
+        try:
+            lists = {name: tuple(found["origin"][name]) for name in ("input", "include", "exclude")}
+            return Contents(**found | {"origin": Origin(**found["origin"] | lists)})
+        except (KeyError, TypeError) as error:
+            raise damaged(self.store.uri(self.plan_name), error) from None
 
     def plan_digest(self) -> str:
         """SHA-256 of `plan.json`, for the record."""
@@ -143,11 +144,19 @@ class Run:
         return pq.ParquetFile(self.store.open(self.shard_name(shard)), page_checksum_verification=True)
 
     def record(self) -> dict[str, Any] | None:
-        """The run record, or None while the run is not complete."""
+        """The run record, or None while the run is not complete. Raises `ConfigurationError` for a damaged one."""
+        return self.read(self.record_name)
+
+    def read(self, name: str) -> dict[str, Any] | None:
         try:
-            return json.loads(self.store.read(self.record_name))
-        except FileNotFoundError:
+            found = json.loads(self.store.read(name))
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except ValueError as error:
+            raise damaged(self.store.uri(name), error) from None
+        if not isinstance(found, dict):
+            raise damaged(self.store.uri(name), TypeError("it holds no object"))
+        return found
 
     def commit(self, record: dict[str, Any]) -> None:
         """Put the run record; when one is there already it stays, as the shards it speaks of are the same."""
@@ -155,6 +164,10 @@ class Run:
             self.store.put(self.record_name, json.dumps(record, indent=2).encode(), only_new=True)
         except FileExistsError:
             return
+
+
+def damaged(name: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(f"{name} is damaged ({type(error).__name__}: {reason(error)}); see swath verify")
 
 
 class PlanFiles:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from model.checkpoint import model_version
 from pipeline.cluster import check_network
-from pipeline.commit import PlanFiles, Run, choose, runs
+from pipeline.commit import CLAIMED, PlanFiles, Run, choose, runs
 from pipeline.config import ConfigurationError, RetrySettings, SegmentSettings, WorkerSettings, build
 from pipeline.plan import KEY, Plan, make_plan
 from pipeline.plan import SCHEMA as PLAN_SCHEMA
@@ -23,7 +23,7 @@ from pipeline.policy import parse_policy
 from pipeline.run import Listener, Result, check_engine, do_run, read_checkpoint
 from pipeline.segment import Segmenter
 from pipeline.status import how_to_go_on
-from pipeline.tables import Workspace
+from pipeline.tables import Workspace, stored
 
 READERS = 16  # shards that are read at once
 PASSING = ("failed", "missing")  # what may be otherwise the next time; an object that has changed is another image
@@ -72,7 +72,7 @@ def settings_of(run: Run, record: dict, settings: RetrySettings) -> SegmentSetti
 
 
 def plan_again(run: Run, statuses: tuple[str, ...], job: SegmentSettings, listener: Listener, space: Workspace) -> Plan:
-    """Plan the images that a run left with one of `statuses`, but those that a finished retry has made ok since."""
+    """Plan the images that a run left with one of `statuses`, but those that a retry has made ok since, or will do."""
     tables = space.tables
     tables.register("page", PLAN_SCHEMA.empty_table())
     tables.execute("CREATE TABLE images AS FROM page")
@@ -81,11 +81,16 @@ def plan_again(run: Run, statuses: tuple[str, ...], job: SegmentSettings, listen
     tables.execute("CREATE TABLE mended AS SELECT uri, etag FROM images LIMIT 0")
     for other in runs(run.store):
         contents = other.contents()
-        if contents and contents.origin.retries and contents.origin.model_version == version and other.record():
+        if not contents or not contents.origin.retries or contents.origin.model_version != version:
+            continue
+        if other.record():
             fill(tables, "mended", (found.select(KEY) for found in images_with(other, ("ok",))))
+        else:  # it will do them when it goes on
+            tables.register("page", stored(other.store, contents.parts, CLAIMED))
+            tables.execute("INSERT INTO mended FROM page")
     tables.execute("CREATE OR REPLACE TABLE images AS FROM images ANTI JOIN mended USING (uri, etag)")
     left = tables.table("images").count("*").fetchall()[0][0]
-    mended = f", {failed - left:,} of which are ok by now" if left < failed else ""
+    mended = f", {failed - left:,} of which are ok by now, or another retry's" if left < failed else ""
     listener.say(f"{failed:,} images of run {run.id} are {' or '.join(statuses)}{mended}")
     return make_plan(tables, space.folder, parse_policy(job.policy), job.shard_images, job.max_pixels)
 

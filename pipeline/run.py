@@ -131,7 +131,7 @@ def do_run(
                 plan = prepare(run, origin, new_plan, planning)
         if not plan:
             return Result(None, is_new=False)
-        if record := run.record():
+        if (record := run.record()) and len(run.done()) == len(plan.images):  # else what was lost is put again
             listener.say(
                 f"run {run.id} is complete: {record['images']:,} images as planned, nothing to do "
                 "(leave out --run-id for images that came later)"

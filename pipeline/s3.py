@@ -26,7 +26,7 @@ FAILURES = 20  # one after the other, and this is no client for this server
 CREDENTIALS_FOR = timedelta(minutes=5)  # then botocore is asked again, which renews those that end
 LONGEST = 600.0  # seconds that an object may take, however it trickles
 TIMEOUTS = {"connect_timeout": "5s", "timeout": "60s"}
-STATUS = re.compile(r"\bstatus (\d{3})\b")  # in obstore's words
+STATUS = re.compile(r"\bstatus(?: code:)? (\d{3})\b")  # in obstore's words
 
 
 @dataclass(frozen=True)

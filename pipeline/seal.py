@@ -51,7 +51,7 @@ def place(data: memoryview) -> int:
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     found = [match.start(1) for match in FIELD.finditer(data, max(0, footer))]
     if not found:
-        raise SealError("has no checksum: it is damaged, or was written by something else")
+        raise SealError("has no checksum: it is damaged, or this version has not written it")
     return found[-1]  # columns' statistics, which come before it, may have any text
 
 
@@ -71,7 +71,7 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 def check_record(record: Mapping[str, Any]) -> None:
     """Raise `SealError` unless the record's values are those that were sealed."""
     if NAME not in record:
-        raise SealError("has no checksum: it is damaged, or was written by something else")
+        raise SealError("has no checksum: it is damaged, or this version has not written it")
     if record[NAME] != values_digest({name: value for name, value in record.items() if name != NAME}):
         raise SealError("its values are not those that were written (SHA-256)")
 

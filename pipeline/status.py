@@ -6,10 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import seal
 from pipeline.attempts import reason
 from pipeline.commit import Contents, Run
 from pipeline.config import ConfigurationError
 from pipeline.lease import holder
+from pipeline.seal import SealError, check_record
 from pipeline.totals import Totals, add
 
 READERS = 16  # footers that are read at once
@@ -45,6 +47,7 @@ def read_status(run: Run, counting: Callable[[int, int], None]) -> Status:
     """
     try:
         contents, record = run.contents(), run.record() or {}
+        damaged = damaged_record(run, record)
         if not contents:
             raise ConfigurationError(f"{run.url}: nothing is planned yet; this is known when its plan is put")
         finished, seconds = record.get("finished"), record.get("seconds")
@@ -54,7 +57,6 @@ def read_status(run: Run, counting: Callable[[int, int], None]) -> Status:
     done = [shard for shard in run.done() if shard < len(contents.images)]
     images_done = sum(contents.images[shard] for shard in done)
     found: list[Totals] = []
-    damaged: dict[str, str] = {}
     read = 0
     with ThreadPoolExecutor(READERS) as pool:
         for shard, totals in zip(done, pool.map(lambda shard: totals_of(run, shard), done), strict=True):
@@ -79,6 +81,18 @@ def read_status(run: Run, counting: Callable[[int, int], None]) -> Status:
         driver=driver(run),
         go_on=None if finished else how_to_go_on(run, contents),
     )
+
+
+def damaged_record(run: Run, record: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with a sealed record, by the file's name."""
+    try:
+        if seal.NAME in record:
+            check_record(record)
+            if record.get("plan_sha256") != run.plan_digest():
+                return {run.plan_name: "it is not the plan that the run was finished with"}
+    except SealError as error:
+        return {run.record_name: str(error)}
+    return {}
 
 
 def totals_of(run: Run, shard: int) -> Totals | Exception:

@@ -162,7 +162,7 @@ class Store:
         """When the object `name` was put, in seconds since 1970; 0 where it is not there or the store does not say."""
         try:
             return self.patiently(lambda: self.filesystem.modified(self.path(name))).timestamp()
-        except (FileNotFoundError, NotImplementedError):
+        except (FileNotFoundError, NotADirectoryError, NotImplementedError):
             return 0.0
 
     def names(self, folder: str) -> list[str]:

@@ -61,7 +61,12 @@ LOST = """
           (SELECT object, max(part) AS part FROM indexed GROUP BY 1) USING (object, part) WHERE is_image) i
     ANTI JOIN (SELECT uri, etag FROM rows JOIN runs USING (run) WHERE is_finished) r USING (uri, etag)
 """
-RULES = (TWICE, AGAIN, LOST)
+MASKS = """
+    SELECT uri, concat(count(*), ' masks of model ', version, ' for this image, in ', min(run), ' and ', max(run))
+    FROM rows JOIN runs USING (run) WHERE is_ok GROUP BY uri, etag, version
+    HAVING count(*) > 1 AND count(DISTINCT retries) > 1
+"""
+RULES = (TWICE, AGAIN, MASKS, LOST)
 
 Work = Callable[[list[tuple[str, int]]], list[Proof]]
 Spread = Callable[[Work, Iterator[list[tuple[str, int]]]], Iterator[list[Proof]]]
@@ -90,12 +95,14 @@ def verify(settings: VerifySettings, progress: Progress, spread: Spread) -> Repo
     output = Store(settings.output, settings)
     found, parts = runs(output), [name for name in output.names("index") if name.endswith(".parquet")]
     if not found and not parts:
-        raise ConfigurationError(f"{output.url}: nothing is here to verify: neither runs nor an index")
+        raise ConfigurationError(f"{output.url}: neither runs nor an index are here; give the OUTPUT of swath segment")
     report = Report(defaultdict(int), Findings())
     with workspace() as space:
         space.tables.execute(SCHEMA)
         for name in sorted({f"part-{number:05d}.parquet" for number in range(len(parts))} - set(parts)):
             report.findings.add(f"index/{name}", "is not there, but later ones are")
+        if found and not parts:
+            report.findings.add("index", "is not there, but runs were planned from it: swath index makes it again")
         for number, name in enumerate(parts):
             read_index_part(output, f"index/{name}", number, space.tables, report)
         known = {run.id: facts for run in found if (facts := check_run(run, report))}
@@ -257,7 +264,10 @@ def check_folders(output: Store, known: dict[str, Facts], findings: Findings) ->
                 findings.add(f"{run.folder}/{name}", "is no shard of the plan")
         if facts.is_finished:
             for name in sorted(set(expected) - names):
-                findings.add(f"{run.folder}/{name}", "is not there, but the run is finished")
+                findings.add(
+                    f"{run.folder}/{name}",
+                    f"is not there, but the run is finished: swath segment does it with --run-id {run.id}",
+                )
         there[run.id] = [shard for name, shard in expected.items() if name in names]
     return there
 
@@ -346,7 +356,8 @@ def compare(tables: duckdb.DuckDBPyConnection, known: dict[str, Facts], findings
     for facts in known.values():
         values = [facts.id, facts.model_version, facts.retries, facts.is_finished]
         tables.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", values)
-    for rule in RULES:
+    open_runs = [facts for facts in known.values() if not facts.is_finished]  # which will do what seems lost
+    for rule in RULES[:-1] if open_runs else RULES:
         tables.execute(f"CREATE OR REPLACE TABLE broken AS SELECT * FROM ({rule}) AS t(uri, what)")  # noqa: S608
         count = index.count(tables, "broken")
         for uri, what in tables.execute(f"FROM broken ORDER BY uri LIMIT {FINDINGS}").fetchall():

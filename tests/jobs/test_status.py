@@ -117,7 +117,7 @@ def test_verify_says_what_it_has_read_and_what_is_wrong(swath, output):
     assert code == 1
     assert f"wrong    segments/run=first/{path.name}: is no whole Parquet file" in out
     assert "wrong    segments/[bold]stray: belongs to no run" in out
-    assert "is not proven: 2 things are wrong" in out
+    assert "is not proven; wrong: 2" in out
     assert swath("verify", output / "nowhere")[0] == 2
 
 

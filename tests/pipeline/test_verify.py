@@ -279,7 +279,7 @@ def test_what_is_missing_or_there_besides_is_seen(output):
     shard.write_bytes(data)
     (output / "runs/first/run.json").unlink()
     assert "run first: is not finished; to go on: swath segment file://" in found(output)
-    assert check(output).findings.count == 1 + 15  # none of the images has a row in a finished run
+    assert check(output).findings.count == 1  # what it has not done is not lost
 
 
 def clone(output: Path, retries: str) -> None:
