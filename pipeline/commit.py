@@ -93,7 +93,7 @@ class Run:
 
     def contents(self) -> Contents | None:
         """What the plan holds, or None while there is none. Raises `ConfigurationError` for a damaged one."""
-        if not (found := self.read(self.plan_name)):
+        if (found := self.read(self.plan_name)) is None:
             return None
         try:
             lists = {name: tuple(found["origin"][name]) for name in ("input", "include", "exclude")}

@@ -64,7 +64,7 @@ LOST = """
 MASKS = """
     SELECT uri, concat(count(*), ' masks of model ', version, ' for this image, in ', min(run), ' and ', max(run))
     FROM rows JOIN runs USING (run) WHERE is_ok GROUP BY uri, etag, version
-    HAVING count(*) > 1 AND count(DISTINCT retries) > 1
+    HAVING count(*) > 1 AND count(DISTINCT retries) > 1 AND bool_and(retries != '')
 """
 RULES = (TWICE, AGAIN, MASKS, LOST)
 

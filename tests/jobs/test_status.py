@@ -59,7 +59,7 @@ def test_a_run_that_is_under_way_is_told_from_what_is_there(swath, finished, out
     code, out, _ = swath("status", output)
     assert code == 1
     assert "4 of 5 done, 1 left" in out
-    assert f"damaged  segments/run=first/{shards[1].name}: ArrowInvalid" in out
+    assert f"damaged  segments/run=first/{shards[1].name}: " in out
     command = f"swath segment file://{finished.collection} {output} --run-id first --policy short=64 --checkpoint ..."
     assert f"to go on:  {command}" in out
     code, out, _ = swath("status", output, "--json")

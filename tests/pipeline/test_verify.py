@@ -331,7 +331,7 @@ def test_an_indexed_image_without_a_row_is_seen(output):
 
 
 def test_an_output_that_is_none_is_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match="nothing is here to verify"):
+    with pytest.raises(ConfigurationError, match="neither runs nor an index are here"):
         check(tmp_path)
 
 
