@@ -132,8 +132,8 @@ def test_a_road_apart_reports_what_a_shard_counts(tmp_path):
     assert number is None
     assert sorted(number for number, _ in found) == [0, 1, 2, 3, 4, 5]
     shard = Shard([])
-    Quarantine(b"", print).note(shard, report)
-    Quarantine(b"", print).note(shard, pickle.loads(pickle.dumps(report)))
+    Quarantine(b"", print, 0).note(shard, report)
+    Quarantine(b"", print, 0).note(shard, pickle.loads(pickle.dumps(report)))
     assert sorted(shard.batches) == [2, 2, 4, 4]
     assert (shard.fetched, shard.failure) == (True, None)
     assert shard.clock.of("busy")["decode"] == pytest.approx(2 * report.seconds["decode", "busy"])

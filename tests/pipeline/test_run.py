@@ -45,7 +45,7 @@ class Watcher:
 
     def say(self, text: str) -> None:
         self.lines.append(text)
-        if "metrics" in text:
+        if "; metrics: " in text:
             self.logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
 
     def listing(self, found: int) -> None:
