@@ -278,12 +278,8 @@ def segment_shards(
     with ray_session(settings), until_asked_to_end() as request:
         hub = start_hub(settings, run.id, version, images, shards, choose_port(settings))
         errors: list[str] = []
-        with (
-            ending_quietly(request),
-            watching(hub, images, listener),
-            ending(hub, lease, request, settings.grace, listener),
-        ):
-            errors += do_shards(settings, checkpoint, run, version, todo, hub, request, listener, worker)
+        with ending_quietly(request), ending(hub, lease, request, settings.grace, listener):
+            errors += do_shards(settings, checkpoint, run, version, todo, images, hub, request, listener, worker)
         stretch = Stretch(len(done), ray.get(hub.worker_memory.remote()), ray.get(hub.retries.remote()))
     lease.check()
     missing = sorted(set(range(shards)) - set(run.done()))
@@ -308,12 +304,14 @@ def do_shards(
     run: Run,
     version: str,
     todo: list[int],
+    images: int,
     hub: Any,
     request: Request,
     listener: Listener,
     worker: type[Segmenter],
 ) -> list[str]:
-    """Have a pool of workers do shards, and another pool those that went with their workers; what went wrong.
+    """Have a pool of workers do the shards `todo` of a run of `images`, and another pool those that were lost with
+    their workers; what went wrong.
 
     For some seconds after a node has died Ray still takes its workers for alive, and as they are never busy it has them
     lose shard after shard. A new pool fits what is left of the cluster; there is one more for as long as any gets
@@ -324,7 +322,8 @@ def do_shards(
         job = Job(settings, run.id, version, workers.cpus, workers.gpus, workers.memory)
         dataset = build_dataset(todo, job, checkpoint, hub, workers, worker)
         listener.say(f"run {run.id} on {workers}; metrics: {ray.get(hub.address.remote())}")
-        failed, lost = failed_shards(dataset)
+        with watching(hub, images, listener):
+            failed, lost = failed_shards(dataset)
         done = set(run.done())
         left = [shard for shard in todo if shard not in done]
         if failed or not left or len(left) == len(todo) or request.number:
