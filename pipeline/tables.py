@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.attempts import reason
 from pipeline.storage import Store
 
 MEMORY = 700  # MB of DuckDB's own buffers, and so many more for a million rows: a sort has a block of each of its runs
@@ -57,7 +58,11 @@ def stored(output: Store, names: list[str], schema: pa.Schema) -> pa.RecordBatch
 def batches(output: Store, names: list[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     with ThreadPoolExecutor(1) as behind:
         reading = deque(behind.submit(output.read, name) for name in names[:1])
-        for following in [*names[1:], None][: len(names)]:
+        for name, following in zip(names, [*names[1:], None], strict=True):
             source = pa.BufferReader(reading.popleft().result())
-            reading.extend(behind.submit(output.read, name) for name in [following] if name)
-            yield from pq.read_table(source, schema=schema, page_checksum_verification=True).to_batches(ROWS)
+            reading.extend(behind.submit(output.read, one) for one in [following] if one)
+            try:
+                table = pq.read_table(source, schema=schema, page_checksum_verification=True)
+            except (pa.ArrowException, OSError) as error:
+                raise OSError(f"{name} is damaged ({reason(error)}); see swath verify") from None
+            yield from table.to_batches(ROWS)
