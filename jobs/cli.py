@@ -93,9 +93,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
         return 2 if isinstance(error, CheckpointError) else 3, f"error: {error}"
     if isinstance(error, (*ERRORS, pa.ArrowException, duckdb.Error)):  # a full disk, a store or a file of ours gone bad
         *_, last = str(error).strip().splitlines() or [""]
-        said = (
-            last if "Traceback" in str(error) else reason(error)
-        )  # DuckDB quotes our own
+        said = last if "Traceback" in str(error) else reason(error)  # DuckDB quotes our own
         return 1, f"error: {type(error).__name__}: {said}"
     return None
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import duckdb
@@ -58,7 +59,7 @@ def stored(output: Store, names: list[str], schema: pa.Schema) -> pa.RecordBatch
 def batches(output: Store, names: list[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     with ThreadPoolExecutor(1) as behind:
         reading = deque(behind.submit(output.read, name) for name in names[:1])
-        for name, following in zip(names, [*names[1:], None], strict=True):
+        for name, following in zip_longest(names, names[1:]):
             source = pa.BufferReader(reading.popleft().result())
             reading.extend(behind.submit(output.read, one) for one in [following] if one)
             try:
