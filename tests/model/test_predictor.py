@@ -88,6 +88,6 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.parametrize("engine", ["native", "torch"])
 def test_a_large_image_of_many_classes_needs_less_than_its_full_size_logits(engine):
-    """2,048 x 2,048 pixels of 150 classes are 2.5 GB of logits; the whole process stays under 1.5 GB."""
+    """2,048 x 2,048 pixels of 150 classes are 2.5 GB of logits; the whole process stays under 1.8 GB."""
     done = subprocess.run([sys.executable, "-c", MEMORY, engine], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1_500_000  # kB
+    assert int(done.stdout) < 1_800_000  # kB
