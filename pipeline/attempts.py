@@ -49,6 +49,7 @@ PASSING = (  # what clients raise where no answer came, or half of one
 LASTING = (SSLError, aiohttp.InvalidURL, aiohttp.ClientSSLError)  # of them, where no other would come
 THROTTLED = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests")
 DAMAGED = ("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")  # on the way to the store
+MANGLED = "Invalid timestamp"  # botocore's ValueError about a date in a list that came damaged
 QUERY = re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\"]*")  # of an address, where a signature would be
 CAUSES = ("throttled", "server", "connection", "timeout", "checksum")
 AT_THE_DOOR = 10.0  # seconds: the most that a store is tried again before there is any work to lose
@@ -99,6 +100,8 @@ def cause(error: BaseException) -> str | None:
     """Which of `CAUSES` made a store fail; None for what another attempt would not mend."""
     if isinstance(error, PassingError):
         return error.cause
+    if isinstance(error, ValueError) and MANGLED in str(error):
+        return "checksum"
     if client := client_error(error):
         return cause_of_reply(error_code(error), client.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if isinstance(error, aiohttp.ClientResponseError):

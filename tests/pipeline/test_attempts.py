@@ -7,6 +7,7 @@ import aiohttp
 import fsspec
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
+from botocore.utils import parse_timestamp
 
 from infra.local.s3_server import free_port
 from pipeline import attempts
@@ -162,3 +163,10 @@ def test_nobody_there_is_given_up_after_the_time_that_was_said():
         Reader(settings).fetch("s3://bucket/a")
     assert time.monotonic() - began < 10
     assert fsspec
+
+
+def test_a_list_whose_dates_came_damaged_is_asked_for_again():
+    with pytest.raises(ValueError, match="timestamp") as caught:
+        parse_timestamp("2026-11-24T1x:00:00Z")
+    assert cause(caught.value) == "checksum"
+    assert cause(ValueError("Invalid endpoint: nowhere")) is None
