@@ -8,17 +8,19 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from jobs import demo, index, plan, retry, segment, status, verify
+from jobs import demo, index, nightly, plan, retry, segment, status, verify, views
 from pipeline import stopping
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
 
 JOBS = {
     "segment": segment,
+    "nightly": nightly,
     "index": index,
     "plan": plan,
     "status": status,
     "retry": retry,
     "verify": verify,
+    "views": views,
     "demo": demo,
 }
 EPILOGUE = """\

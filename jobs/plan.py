@@ -19,7 +19,7 @@ def run(settings: PlanSettings) -> int:
     from model.checkpoint import model_version
     from model.predictor import CPU_BATCH_PIXELS
     from pipeline.plan import summarise
-    from pipeline.run import index_and_plan, read_checkpoint
+    from pipeline.run import index_and_plan, origin_of, read_checkpoint
     from pipeline.storage import Store
     from pipeline.tables import workspace
 
@@ -27,7 +27,7 @@ def run(settings: PlanSettings) -> int:
     output = Store(settings.output, settings)
     output.check_writable()
     with Display() as display, workspace() as space:
-        plan = index_and_plan(settings, output, version, space, display)
+        plan = index_and_plan(settings, output, origin_of(settings, version), space, display)
     buckets = summarise(plan.shards, settings.batch_pixels or CPU_BATCH_PIXELS)
     table = Table(
         "bucket", "images", "shards", "batch", "fill", "masks (est.)", box=None, header_style="bold", pad_edge=False

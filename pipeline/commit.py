@@ -16,10 +16,9 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,13 +27,10 @@ from pipeline.config import ConfigurationError, StorageSettings
 from pipeline.filesystems import is_plain
 from pipeline.lease import Lease
 from pipeline.plan import PART_SHARDS, Origin, Plan, PlannedImage, planned_images
-from pipeline.plan import SCHEMA as PLAN_SCHEMA
 from pipeline.schema import SUMMARY_KEY
 from pipeline.storage import Store
-from pipeline.tables import stored
 from pipeline.totals import Totals
 
-CLAIMED = pa.schema([PLAN_SCHEMA.field("uri"), PLAN_SCHEMA.field("etag")])
 FOOTERS, CHUNK = 16, 1_000  # that are read at once, and that are held
 DIGEST = 16  # characters of a plan's digest that its files' names have
 RUNS_NAMED = 5  # where one is not found
@@ -43,12 +39,13 @@ SHARD = re.compile(r"shard-(\d{6,})\.parquet")
 
 @dataclass(frozen=True)
 class Contents:
-    """What `plan.json` says: what the plan was made from, its files, and for each shard its images and its work."""
+    """What `plan.json` says: what the plan was made from, its files, and for each shard its images and work."""
 
     origin: Origin
     parts: list[str]
     images: list[int]
     work: list[int]
+    changes: dict[str, int] = field(default_factory=dict)  # why they were to do: how many new, changed, ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Run:
         for name, part in zip(parts, plan.parts, strict=True):
             self.store.put(name, part.read_bytes())
         images, work = ([getattr(shard, name) for shard in plan.shards] for name in ("images", "work"))
-        contents = asdict(Contents(origin, parts, images, work))
+        contents = asdict(Contents(origin, parts, images, work, plan.changes))
         self.store.put(self.plan_name, json.dumps(contents, separators=(",", ":")).encode(), only_new=True)
 
     def contents(self) -> Contents | None:
@@ -218,26 +215,3 @@ def unfinished(output: Store, origin: Origin) -> Run | None:
         if "run.json" not in output.names(f"runs/{run.id}") and (found := run.contents()) and found.origin == origin:
             return run
     return None
-
-
-def claimed(output: Store, model_version: str) -> tuple[list[str], list[Run]]:
-    """The plans' files of every run with this model version, and those of the runs that are not completed.
-
-    An image in them has a row, or will have one when its run goes on: no other run may give it a second.
-    """
-    parts, open_runs = [], []
-    for run in runs(output):
-        contents = run.contents()
-        if contents and contents.origin.model_version == model_version:
-            parts += contents.parts
-            if run.record() is None:
-                open_runs.append(run)
-    return parts, open_runs
-
-
-def leave_out(tables: duckdb.DuckDBPyConnection, output: Store, parts: list[str]) -> int:
-    """Take the images in these files of plans out of the table `images`; how many are left."""
-    tables.register("claimed", stored(output, parts, CLAIMED))
-    if parts:
-        tables.execute("CREATE OR REPLACE TABLE images AS FROM images ANTI JOIN claimed USING (uri, etag)")
-    return tables.table("images").count("*").fetchall()[0][0]

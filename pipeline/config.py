@@ -290,8 +290,12 @@ class WorkerSettings(ReadingSettings):
         return value
 
 
-class SegmentSettings(PlanSettings, WorkerSettings):
-    """What `swath segment` needs on top: the run and the machines."""
+class NightlySettings(PlanSettings, WorkerSettings):
+    """What `swath nightly` needs on top: the machines."""
+
+
+class SegmentSettings(NightlySettings):
+    """What `swath segment` needs on top: the run."""
 
     run_id: str | None = option(
         None,
@@ -341,8 +345,8 @@ class RetrySettings(RunArgument, WorkerSettings):
     )
 
 
-class VerifySettings(ClusterSettings):
-    """What `swath verify` needs."""
+class OutputArgument(BaseModel):
+    """What is there already."""
 
     output: str = Field(description="where segment has written: any fsspec URL (/data/masks, s3://bucket/masks)")
 
@@ -350,6 +354,14 @@ class VerifySettings(ClusterSettings):
     @classmethod
     def _output(cls, value: str) -> str:
         return absolute(value)
+
+
+class VerifySettings(OutputArgument, ClusterSettings):
+    """What `swath verify` needs."""
+
+
+class ViewsSettings(OutputArgument, StorageSettings):
+    """What `swath views` needs."""
 
 
 def absolute(url: str) -> str:

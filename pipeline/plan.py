@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ class Plan:
 
     parts: list[Path]
     shards: list[PlannedShard]
+    changes: dict[str, int] = field(default_factory=dict)  # why its images are to do: how many are new, changed, ...
 
     @property
     def images(self) -> int:

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model.checkpoint import model_version
+from pipeline.changes import PLANNED
 from pipeline.cluster import check_network
-from pipeline.commit import CLAIMED, PlanFiles, Run, choose, runs
+from pipeline.commit import PlanFiles, Run, choose, runs
 from pipeline.config import ConfigurationError, RetrySettings, SegmentSettings, WorkerSettings, build
 from pipeline.plan import KEY, Plan, make_plan
 from pipeline.plan import SCHEMA as PLAN_SCHEMA
@@ -86,8 +87,8 @@ def plan_again(run: Run, statuses: tuple[str, ...], job: SegmentSettings, listen
         if other.record():
             fill(tables, "mended", (found.select(KEY) for found in images_with(other, ("ok",))))
         else:  # it will do them when it goes on
-            tables.register("page", stored(other.store, contents.parts, CLAIMED))
-            tables.execute("INSERT INTO mended FROM page")
+            tables.register("page", stored(other.store, contents.parts, PLANNED))
+            tables.execute("INSERT INTO mended SELECT uri, etag FROM page")
     tables.execute("CREATE OR REPLACE TABLE images AS FROM images ANTI JOIN mended USING (uri, etag)")
     left = tables.table("images").count("*").fetchall()[0][0]
     mended = f", {failed - left:,} of which are ok by now, or another retry's" if left < failed else ""

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +26,7 @@ from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, model
 from model.predictor import EngineError, choose_engine
 from pipeline import schema
 from pipeline.attempts import agreed, take_retries
+from pipeline.changes import earlier_runs, leave_out, note_deletions
 from pipeline.cluster import (
     FAILED_SHARDS,
     TASK_RETRIES,
@@ -36,7 +37,7 @@ from pipeline.cluster import (
     size_workers,
     spread,
 )
-from pipeline.commit import Contents, Run, claimed, leave_out, unfinished
+from pipeline.commit import Contents, Run, unfinished
 from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
 from pipeline.filesystems import is_plain, open_filesystem, public_url, storage_options
 from pipeline.index import update_index
@@ -84,6 +85,7 @@ class Result:
 
     record: dict[str, Any] | None  # the run record; None when there was nothing to do
     is_new: bool  # False when the run was complete before
+    was_planned: bool  # before: newer images are not in it
 
 
 def segment(settings: SegmentSettings, listener: Listener, worker: type[Segmenter] = Segmenter) -> Result:
@@ -98,11 +100,12 @@ def segment(settings: SegmentSettings, listener: Listener, worker: type[Segmente
     output.check_writable()
     check_engine(settings, checkpoint)
     version = model_version(checkpoint.digest, settings.mask_settings())
-    inputs = tuple(public_url(Store(url, settings).uri("")) for url in settings.input)
-    origin = Origin(inputs, settings.include, settings.exclude, settings.policy, version)
+    origin = origin_of(settings, version)
 
     def new_plan(space: Workspace) -> Plan:
-        return index_and_plan(settings, output, version, space, listener)
+        plan = index_and_plan(settings, output, origin, space, listener)
+        note_deletions(space.tables, output)
+        return plan
 
     result = do_run(settings, checkpoint, output, origin, new_plan, listener, worker)
     if not result.record:
@@ -125,22 +128,29 @@ def do_run(
     """
     with contextlib.ExitStack() as held:
         run = find_run(settings, output, origin, listener)
-        if not (plan := run.contents()):
+        was_planned = bool(plan := run.contents())
+        if not plan:
             with alone_planning(output, listener) as planning:
                 run = find_run(settings, output, origin, listener)  # another driver may have planned it meanwhile
                 plan = prepare(run, origin, new_plan, planning)
         if not plan:
-            return Result(None, is_new=False)
+            return Result(None, is_new=False, was_planned=False)
         if (record := run.record()) and len(run.done()) == len(plan.images):  # else what was lost is put again
             listener.say(
                 f"run {run.id} is complete: {record['images']:,} images as planned, nothing to do "
                 "(leave out --run-id for images that came later)"
             )
-            return Result(record, is_new=False)
+            return Result(record, is_new=False, was_planned=True)
         lease = held.enter_context(run.lease())
         started = time.time()
         stretch = segment_shards(settings, checkpoint, run, plan, lease, listener, worker)
-        return Result(commit(settings, checkpoint, run, origin, started, stretch), is_new=True)
+        return Result(commit(settings, checkpoint, run, plan, started, stretch), True, was_planned)
+
+
+def origin_of(settings: PlanSettings, version: str) -> Origin:
+    """What a plan with these settings is made from."""
+    inputs = tuple(public_url(Store(url, settings).uri("")) for url in settings.input)
+    return Origin(inputs, settings.include, settings.exclude, settings.policy, version)
 
 
 @contextlib.contextmanager
@@ -232,21 +242,19 @@ def prepare(run: Run, origin: Origin, new_plan: Callable[[Workspace], Plan], pla
     return contents
 
 
-def index_and_plan(settings: PlanSettings, output: Store, version: str, space: Workspace, listener: Listener) -> Plan:
+def index_and_plan(settings: PlanSettings, output: Store, origin: Origin, space: Workspace, listener: Listener) -> Plan:
     """Bring the index up to date, and plan what no run with this model version has; the plan is in the workspace."""
     listener.say(f"listing {', '.join(map(public_url, settings.input))}")
     index = update_index(settings, output, space.tables, listener, partial(spread, settings))
-    parts, open_runs = claimed(output, version)
-    new = leave_out(space.tables, output, parts)
-    done = index.images - new
-    listener.say(
-        f"{index.images:,} images{summary(index.skipped)}, {index.opened:,} headers read"
-        + (f", {done:,} in earlier runs" if done else "")
-    )
-    for run in open_runs:
-        listener.say(f"run {run.id} has images of its own and is not finished; finish it with its settings")
+    earlier = earlier_runs(output)
+    changes = leave_out(space.tables, output, origin, earlier)
+    listener.say(f"{index.images:,} images{summary(index.skipped)}, {index.opened:,} headers read; {changes}")
+    for one in earlier:
+        if not one.is_finished and one.contents.origin.model_version == origin.model_version:
+            listener.say(f"run {one.run.id} has images of its own and is not finished; finish it with its settings")
     policy = parse_policy(settings.policy)
-    return make_plan(space.tables, space.folder, policy, settings.shard_images, settings.max_pixels)
+    plan = make_plan(space.tables, space.folder, policy, settings.shard_images, settings.max_pixels)
+    return replace(plan, changes=changes.todo)
 
 
 @dataclass(frozen=True)
@@ -373,7 +381,7 @@ def failed_shards(results: "ray.data.Dataset") -> tuple[list[str], list[str]]:
 
 
 def commit(
-    settings: SegmentSettings, checkpoint: Checkpoint, run: Run, origin: Origin, started: float, stretch: Stretch
+    settings: SegmentSettings, checkpoint: Checkpoint, run: Run, plan: Contents, started: float, stretch: Stretch
 ) -> dict[str, Any]:
     """Write the run record: every shard is there, and this is what they hold.
 
@@ -385,10 +393,11 @@ def commit(
     record = {
         "schema": schema.VERSION,
         "run_id": run.id,
-        "input": origin.input,
+        "input": plan.origin.input,
         "checkpoint": public_url(settings.checkpoint),
-        "model_version": origin.model_version,
-        "retries": origin.retries,
+        "model_version": plan.origin.model_version,
+        "retries": plan.origin.retries,
+        "changes": plan.changes,
         "settings": settings.mask_settings() | {"batch_pixels": settings.batch_pixels or "by device"},
         "labels": checkpoint.labels.names,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),

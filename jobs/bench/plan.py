@@ -19,7 +19,8 @@ from pathlib import Path
 import duckdb
 import pyarrow.parquet as pq
 
-from pipeline.commit import Run, claimed, leave_out
+from pipeline.changes import earlier_runs, leave_out
+from pipeline.commit import Run
 from pipeline.config import StorageSettings
 from pipeline.index import IMAGES, join
 from pipeline.plan import Origin, make_plan, planned_images, summarise
@@ -28,6 +29,7 @@ from pipeline.storage import Store
 from pipeline.tables import make_room, workspace
 
 PART = 5_000_000  # rows of the index that are made at once
+ORIGIN = Origin((), (), (), "", "v")
 BATCHES = (1, 16, 64)  # images of 512x512
 COMMON = "[[640, 480], [4032, 3024], [3024, 4032], [500, 375], [375, 500], [640, 427], [1024, 768], [1920, 1080]]"
 ROWS = f"""
@@ -72,7 +74,7 @@ def main() -> None:
             join(IMAGES, tables, output)
             tables.execute("DROP TABLE listing")
             seconds["join"] = time.perf_counter() - started
-            leave_out(tables, output, claimed(output, "v")[0])
+            leave_out(tables, output, ORIGIN, earlier_runs(output))
             seconds["leave out"] = time.perf_counter() - started - seconds["join"]
             plan = make_plan(tables, space.folder, parse_policy(options.policy), None, 10**8)
             seconds["sort, cut, write"] = time.perf_counter() - started - sum(seconds.values())
@@ -118,7 +120,7 @@ def earlier_run(output: Store, images: int, share: float, policy: str) -> None:
     with workspace() as space:
         space.tables.execute(f"CREATE TABLE images AS {ROWS}", [0, int(images * share)])
         plan = make_plan(space.tables, space.folder, parse_policy(policy), None, 10**8)
-        Run(output, "earlier").begin(plan, Origin((), (), (), policy, "v"))
+        Run(output, "earlier").begin(plan, ORIGIN)
 
 
 def forget_peak() -> None:

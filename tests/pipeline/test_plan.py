@@ -1,6 +1,5 @@
 """Every image is in exactly one shard, every shard holds one bucket, and the plan is the same each time."""
 
-import dataclasses
 from collections.abc import Iterator
 
 import duckdb
@@ -12,18 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import index, plan
-from pipeline.commit import CLAIMED, PlanFiles, Run, leave_out
+from pipeline.commit import PlanFiles, Run
 from pipeline.config import StorageSettings
 from pipeline.plan import (
     SHARD_PIXELS,
     Origin,
     Plan,
-    batch_size,
     make_plan,
     most_work_first,
     planned_images,
     shard_size,
-    summarise,
 )
 from pipeline.policy import parse_policy
 from pipeline.storage import Store
@@ -156,56 +153,3 @@ def test_a_run_has_the_plan_that_was_put_first(planned, tmp_path, monkeypatch):
     files = PlanFiles(run)
     for shard in (3, 0, 2, 1):
         assert files.images(shard) == planned_images(shards[shard])
-
-
-def test_what_is_in_a_run_is_left_out_and_what_changed_is_not(tmp_path):
-    output = Store(str(tmp_path), StorageSettings())
-    done = pa.table({"uri": ["s3://b/000000", "s3://b/000001"], "etag": ["e0", "older"]}, schema=CLAIMED)
-    pq.write_table(done, tmp_path / "plan.parquet")
-    with duckdb.connect() as tables:
-        tables.register("given", images_of([(50, 50)] * 3))
-        tables.execute("CREATE TABLE images AS FROM given")
-        assert leave_out(tables, output, []) == 3
-        assert leave_out(tables, output, ["plan.parquet"]) == 2
-        assert tables.execute("SELECT uri FROM images ORDER BY 1").fetchall() == [
-            ("s3://b/000001",),
-            ("s3://b/000002",),
-        ]
-
-
-def test_the_summary_counts_images_and_the_fill_of_batches(planned):
-    sizes = [(512, 512)] * 20 + [None] * 2 + [(512, 5120)]
-    made, _ = planned(images_of(sizes), "short=512", 16, max_pixels=10**6)
-    square, unknown, long = summarise(made.shards, batch_pixels=8 * 512 * 512)
-    assert (square.name, square.images, square.shards, square.batch) == ("512x512", 20, 2, 8)
-    assert square.fill == 20 / 24
-    assert (unknown.name, unknown.images, unknown.mask_bytes) == ("unknown", 2, 0)
-    assert (long.images, long.mask_bytes) == (1, 0)  # it is over max_pixels
-    assert batch_size(4096, 4096, 1) == 1
-    assert dataclasses.replace(square, batches=4).fill == 20 / 32
-
-
-def test_batches_of_a_long_tailed_collection_are_full_and_nothing_is_padded(planned):
-    """4,000 shapes, 20,000 images, the default policy, batches of 16."""
-    made, _ = planned(images_of(long_tail(20_000, 4_000)), "short=512", None)
-    buckets = summarise(made.shards, batch_pixels=16 * 512 * 512)
-    fills = [fill for shard in made.shards for fill in batch_fills(shard.images, 16)]
-    assert np.mean(fills) >= 0.95
-    assert sum(bucket.images for bucket in buckets) == 20_000
-
-
-def batch_fills(images: int, batch: int) -> list[float]:
-    return [min(batch, images - start) / batch for start in range(0, images, batch)]
-
-
-def long_tail(images: int, shapes: int) -> list[tuple[int, int]]:
-    """Sizes as photographs have them: a few cameras make most, and crops of every size the rest."""
-    rng = np.random.default_rng(5)
-    common = [(480, 640), (3024, 4032), (4032, 3024), (375, 500), (500, 375), (427, 640), (1080, 1920), (768, 1024)]
-    aspects = np.exp(rng.normal(0, 0.35, shapes))
-    widths = rng.integers(200, 2500, shapes)
-    sizes = common + [(max(16, int(width * aspect)), int(width)) for width, aspect in zip(widths, aspects, strict=True)]
-    sizes = sizes[:shapes]
-    shares = 1 / np.arange(1, shapes + 1)
-    chosen = rng.choice(shapes, images - shapes, p=shares / shares.sum())
-    return sizes + [sizes[number] for number in chosen]

@@ -1,7 +1,6 @@
 """What failed is tried again, once, by the settings that it had; what did not is left alone."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from pipeline.commit import Run, choose, unfinished
 from pipeline.config import ConfigurationError, RetrySettings, SegmentSettings, StorageSettings, VerifySettings
 from pipeline.retry import plan_again, retry, settings_of
 from pipeline.run import segment
+from pipeline.storage import Store
 from pipeline.tables import workspace
 from pipeline.verify import verify
+from pipeline.views import views
 from tests.conftest import NAMES, Finished, Quiet
 from tests.pipeline.test_verify import no_spread
-
-README = Path(__file__).parents[2] / "README.md"
 
 
 class Listener(Quiet):
@@ -38,9 +37,10 @@ def output(finished: Finished, tmp_path: Path) -> Path:
 
 
 def statuses(output: Path) -> list[str]:
-    """Of the newest row of each image, as README says how to ask."""
-    query = re.search(r"```sql\n(.*?)```", README.read_text(), re.DOTALL)[1].replace("OUTPUT", str(output))
-    return sorted(status for (status,) in duckdb.sql(f"SELECT status FROM ({query})").fetchall())
+    """Of the newest row of each image."""
+    with duckdb.connect() as sql:
+        sql.execute(views(Store(str(output), StorageSettings())))
+        return sorted(status for (status,) in sql.sql("SELECT status FROM current").fetchall())
 
 
 def test_a_retry_mends_what_was_missing_and_does_nothing_else(finished, output):

@@ -1,0 +1,20 @@
+"""Print SQL that makes views of an output: segments, runs, deletions, and current (the newest row of each image).
+
+duckdb -c "$(swath views /data/masks) SELECT status, count(*) FROM current GROUP BY 1"
+"""
+
+from pipeline.config import ViewsSettings
+
+SETTINGS = ViewsSettings
+
+
+def run(settings: ViewsSettings) -> int:
+    from pipeline.config import ConfigurationError
+    from pipeline.storage import Store
+    from pipeline.views import views
+
+    output = Store(settings.output, settings)
+    if not output.names("segments"):
+        raise ConfigurationError(f"{output.url}: no segments are here; give the OUTPUT of swath segment")
+    print(views(output))
+    return 0
