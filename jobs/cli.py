@@ -1,6 +1,7 @@
 """The command line: `swath JOB ...`. Options, YAML keys and checks all come from the settings in `pipeline.config`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -8,7 +9,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from jobs import demo, index, nightly, plan, retry, segment, status, verify, views
+from jobs import demo, index, nightly, plan, retry, segment, status, submit, verify, views
 from pipeline import stopping
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
 
@@ -21,6 +22,7 @@ JOBS = {
     "retry": retry,
     "verify": verify,
     "views": views,
+    "submit": submit,
     "demo": demo,
 }
 EPILOGUE = """\
@@ -40,6 +42,22 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job that `arguments` (default: the process's own) name; the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+
+    def work() -> int:
+        name, _, settings = read_command(given)
+        return JOBS[name].run(settings)
+
+    code = guarded(work)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # of a job that was stopped Ray keeps no exit code
+        print(f"swath: exit code {code}", file=sys.stderr)
+    return code
+
+
+def read_command(given: Sequence[str]) -> tuple[str, dict[str, Any], Any]:
+    """The job that is named, its settings as they were given in all, and the same checked.
+
+    Ends the process for help and for what is no command; raises `ConfigurationError`.
+    """
     parser = Parser(
         prog="swath",
         allow_abbrev=False,
@@ -51,9 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsers = {name: add_job(jobs, name, job) for name, job in JOBS.items()}
     if not given or given[0] not in JOBS:
         parser.parse_args(given)  # help, or what is wrong
-    job = JOBS[given[0]]
-    parsed = vars(parsers[given[0]].parse_intermixed_args(given[1:]))  # INPUT --checkpoint C OUTPUT is fine too
-    return guarded(lambda: job.run(read_settings(job.SETTINGS, parsed)))
+    name, own, inner = given[0], list(given[1:]), []
+    if name == "submit" and "--" in own:
+        own, inner = own[: own.index("--")], own[own.index("--") + 1 :]
+    parsed = vars(parsers[name].parse_intermixed_args(own))  # INPUT --checkpoint C OUTPUT is fine too
+    if inner:
+        parsed["command"] = [*parsed.get("command", ()), *inner]
+    return name, *read_settings(JOBS[name].SETTINGS, parsed)
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -139,10 +161,10 @@ def how_to_parse(info: Any) -> dict[str, Any]:
     return options | {"metavar": info.json_schema_extra["metavar"]}
 
 
-def read_settings(kind: type[BaseModel], given: dict[str, Any]) -> Any:
-    """Settings from the YAML file and the options, checked. Raises `ConfigurationError`."""
+def read_settings(kind: type[BaseModel], given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Settings from the YAML file and the options, as they are and checked. Raises `ConfigurationError`."""
     if len(given.get("input", ())) > 1 and "output" not in given:
         *given["input"], given["output"] = given["input"]  # INPUT INPUT ... OUTPUT
     path = given.pop("config", None)
     file = read_yaml(path) if path else {}
-    return build(kind, file | given, dict.fromkeys(set(file) - set(given), path))
+    return file | given, build(kind, file | given, dict.fromkeys(set(file) - set(given), path))

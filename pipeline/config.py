@@ -20,7 +20,7 @@ class ConfigurationError(Exception):
     """A setting, input or output that cannot be used; the message is one line with the value and the remedy."""
 
 
-GROUPS = ("Input", "Model", "Run", "Workers", "Storage", "Metrics", "Demo")  # as help shows them
+GROUPS = ("Cluster", "Input", "Model", "Run", "Workers", "Storage", "Metrics", "Demo")  # as help shows them
 
 
 def option(default: Any, help: str, group: str, metavar: str | None = None) -> Any:
@@ -364,6 +364,45 @@ class ViewsSettings(OutputArgument, StorageSettings):
     """What `swath views` needs."""
 
 
+class SubmitSettings(BaseModel):
+    """What `swath submit` needs on top of the command that it submits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    command: tuple[str, ...] = Field(description="after --, the job and its arguments, as without submit")
+    ray_address: str | None = option(
+        None,
+        "the cluster's dashboard, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS)",
+        "Cluster",
+        "URL",
+    )
+    env: Annotated[tuple[str, ...], Field(repr=False)] = option(  # it may be secret
+        (),
+        "an environment variable for the job and its workers, NAME=VALUE, or NAME for the value that it has here; "
+        "whoever may use the cluster can read it; repeatable",
+        "Cluster",
+        "NAME",
+    )
+    installed: bool = option(False, "send no code: the cluster's nodes have this package", "Cluster")
+    submission_id: str | None = option(None, "name of the Ray job (default: one that Ray makes)", "Cluster", "ID")
+    no_wait: bool = option(False, "do not show the job's log and wait for its end", "Cluster")
+
+    @field_validator("command")
+    @classmethod
+    def _command(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("must not be empty")
+        return value
+
+    @field_validator("env")
+    @classmethod
+    def _env(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            if not re.match(r"[A-Za-z_][A-Za-z0-9_]*(=|$)", text):
+                raise ValueError("expected NAME or NAME=VALUE")
+        return value
+
+
 def absolute(url: str) -> str:
     """`url`, or a local path that means the same on every machine of a cluster. Raises ValueError."""
     if not url.strip():
@@ -425,7 +464,9 @@ def complaint(kind: type[BaseModel], name: str, error: Any) -> str:
         case "missing":
             return f"{name} is missing; see --help"
     message = error["msg"].removeprefix("Value error, ")
-    got = "" if "credential" in message or name == "storage_option" else f" (got {error['input']!r})"  # may be secret
+    got = (
+        "" if "credential" in message or name in ("storage_option", "env") else f" (got {error['input']!r})"
+    )  # may be secret
     return f"{name}: {message[:1].lower()}{message[1:]}{got}"
 
 

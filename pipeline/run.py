@@ -50,6 +50,7 @@ from pipeline.seal import sealed
 from pipeline.segment import SHARDS_AHEAD, STOPPED, Job, Segmenter
 from pipeline.stopping import Request, StoppedError, until_asked_to_end
 from pipeline.storage import Store
+from pipeline.submission import submission_id
 from pipeline.tables import Workspace, workspace
 from pipeline.totals import Totals, add
 
@@ -393,6 +394,7 @@ def commit(
     record = {
         "schema": schema.VERSION,
         "run_id": run.id,
+        "submission_id": submission_id(),
         "input": plan.origin.input,
         "checkpoint": public_url(settings.checkpoint),
         "model_version": plan.origin.model_version,

@@ -1,0 +1,123 @@
+"""Jobs that are sent to a cluster: a real one, with a head, two workers, a dashboard and a token of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import fsspec
+import pytest
+import yaml
+
+from jobs.cli import main
+from pipeline.submission import SETTINGS, Work, pack
+from tests.jobs.ray_cluster import RayCluster, free_ports, ray_cluster
+
+ROOT = Path(__file__).parents[2]
+WAITED = 300  # seconds
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with ray_cluster() as started:
+        yield started
+
+
+def started(cluster: RayCluster, *arguments: object) -> subprocess.Popen:
+    """`swath submit`, as a person at another machine gives it, whom another RAY_ADDRESS does not mislead."""
+    command = [sys.executable, "-m", "jobs", "submit", "--ray-address", cluster.dashboard, *map(str, arguments)]
+    environment = os.environ | cluster.environment() | {"RAY_ADDRESS": "http://127.0.0.1:1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def submitted(cluster: RayCluster, *arguments: object) -> tuple[int, str, str]:
+    """Its exit code, the log of the job, and what was said besides."""
+    process = started(cluster, *arguments)
+    log, said = process.communicate(timeout=WAITED)
+    return process.returncode, log, said
+
+
+def query(output: str, question: str) -> list[tuple]:
+    """What DuckDB answers to a question about the table of an output."""
+    duck = duckdb.connect()
+    protocol = output.partition("://")[0] if "://" in output else "file"
+    duck.register_filesystem(fsspec.filesystem(protocol, skip_instance_cache=True))
+    table = f"{output}/segments/*/*.parquet" if "://" in output else f"file://{output}/segments/*/*.parquet"
+    return duck.sql(question.format(table=f"'{table}'")).fetchall()
+
+
+ONE_ROW_EACH = "SELECT count(*), count(DISTINCT uri), count(mask) FROM {table}"
+
+
+def record(output: str) -> dict:
+    protocol = output.partition("://")[0] if "://" in output else "file"
+    files = fsspec.filesystem(protocol, skip_instance_cache=True)
+    (name,) = files.glob(f"{output}/runs/*/run.json")
+    return json.loads(files.cat(name))
+
+
+def test_a_job_is_submitted_and_followed_and_every_image_has_one_row(cluster, s3, bucket, collection, checkpoint):
+    fsspec.filesystem("s3").put(f"{collection}/", f"{bucket}/images/", recursive=True)
+    passed = [part for name in s3.environment() for part in ("--env", name)]
+    job = ["segment", f"{bucket}/images", f"{bucket}/out", "--checkpoint", checkpoint, "--policy", "short=64"]
+    code, log, said = submitted(cluster, *passed, "--submission-id", "first", "--", *job, "--shard-images", "4")
+    assert (code, said) == (0, "submitted first\n"), log
+    assert "segmenting 12/12" in log
+    assert log.splitlines()[-1] == "swath: exit code 0"
+    assert query(f"{bucket}/out", ONE_ROW_EACH) == [(12, 12, 12)]
+    assert record(f"{bucket}/out")["submission_id"] == "first"
+    assert s3.secret_key not in log + said
+
+
+def test_what_is_wrong_is_said_at_once_with_exit_code_2_and_nothing_is_sent(capfd, monkeypatch, tmp_path):
+    (port,) = free_ports(1)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # which is put back afterwards
+    monkeypatch.setenv("SWATH_TEST_SECRET", "canary")
+
+    def swath(*arguments: str) -> tuple[int, list[str]]:
+        try:
+            code = main(arguments)
+        except SystemExit as end:
+            code = end.code
+        out, errors = capfd.readouterr()
+        assert "canary" not in out + errors
+        return code, errors.splitlines()
+
+    segment = ["segment", str(tmp_path), f"{tmp_path}/out", "--checkpoint", "s3://bucket/b2"]
+    nowhere = ["submit", "--ray-address", f"http://127.0.0.1:{port}", "--env", "SWATH_TEST_SECRET"]
+    for wrong in (["--workers", "0"], ["--no-such"], ["--policy", "short"], ["--batch-pixels", "many"]):
+        assert swath(*nowhere, "--", *segment, *wrong) == swath(*segment, *wrong)
+        assert swath(*segment, *wrong)[0] == 2
+    for command, words in [
+        ([*nowhere, "--", *segment], f"no Ray job server at http://127.0.0.1:{port}"),
+        ([*nowhere, "--", "demo"], "swath demo is not for a cluster"),
+        ([*nowhere, "--", *segment, "--ray-address", "auto"], "--ray-address stands before --"),
+        ([*nowhere, "--env", "SWATH_TEST_UNSET", "--", *segment], "SWATH_TEST_UNSET is not set here"),
+        ([*nowhere, "--env", "=canary", "--", *segment], "expected NAME or NAME=VALUE"),
+        (["submit", "--ray-address", "head:6379", "--", *segment], "(http://HEAD:8265) (got 'head:6379')"),
+        (nowhere, "command is missing"),
+    ]:
+        code, errors = swath(*command)
+        assert (code, len(errors)) == (2, 1), errors
+        assert words in errors[0]
+
+
+def test_a_cluster_gets_the_code_and_the_settings_and_nothing_else(tmp_path):
+    settings = {"input": ["s3://in"], "output": "s3://out", "workers": "1:8", "anonymous": True}
+    for is_installed in (False, True):
+        folder = tmp_path / str(is_installed)
+        folder.mkdir()
+        pack(Work("segment", settings, 25, is_installed), folder)
+        sent = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert yaml.safe_load((folder / SETTINGS).read_text()) == settings
+        if is_installed:
+            assert sent == {SETTINGS}
+        else:
+            assert {"jobs/__main__.py", "pipeline/run.py", "model/segformer.py"} < sent
+            assert {Path(name).suffix for name in sent - {SETTINGS}} <= {".py", ".so"}
+            assert not any("bench" in name or "tests" in name for name in sent)
