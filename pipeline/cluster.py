@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ IMAGE_MEMORY = (256 << 20, 4 << 30)  # bytes: the least and the most by default
 # that, no new one begins (`quarantine.Turns`). That makes six, and two more are for nodes that go.
 TASK_RETRIES = 8
 CHUNKS_AHEAD = 2  # for each CPU
+# Of the shards that workers may have at once, the share that they have. As many as are handed out ahead are taken for
+# work, so the pool grows while shards wait, and gives workers and their GPUs back when none do. Ray Data's own
+# bound for growing, 1.75, is never reached by workers that have a thread for each shard.
+GROWING, SHRINKING = 0.5, 0.25
 FAILED_SHARDS = 8  # after so many the store is down or the job is wrong, and going on helps nobody
 
 T = TypeVar("T")
@@ -80,6 +85,11 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
     context.enable_progress_bars = False
     context.target_max_block_size = None
     context.max_errored_blocks = FAILED_SHARDS
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = GROWING
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = SHRINKING
+    with warnings.catch_warnings():  # one CPU is left for Ray itself, also of nodes that join; labels do not count CPUs
+        warnings.filterwarnings("ignore", message="`ExecutionOptions.exclude_resources` is deprecated")
+        context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=1)
     stopping.install()  # here, as ray.init installs its own
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray says on stdout that a worker has died
@@ -144,19 +154,22 @@ class Workers:
     """The pool: how many workers, and what each of them holds."""
 
     least: int
+    first: int  # to begin with: those that there is room for now
     most: int
     cpus: int
     gpus: float
     memory: int  # bytes of images that it holds
 
     def __str__(self) -> str:
-        count = f"{self.most}" if self.least == self.most else f"{self.least} to {self.most}"
+        count = f"{self.first}" if self.least == self.most else f"{self.first} ({self.least} to {self.most})"
         kind = f"{self.gpus:g} GPU" if self.gpus else f"{self.cpus} CPU thread{'s' * (self.cpus > 1)}"
         return f"{count} worker{'s' * (self.most > 1)} with {kind}"
 
 
 def size_workers(settings: WorkerSettings, shards: int) -> Workers:
-    """The pool for this cluster and `shards` of work: what the settings say, else all that there is room for."""
+    """The pool for this cluster and `shards` of work: what the settings say, else on this machine all that
+    there is room for, and on a cluster as many as it has room for from time to time.
+    """
     resources = ray.cluster_resources()
     cluster_cpus, cluster_gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0)
     gpus = settings.gpus_per_worker
@@ -176,11 +189,13 @@ def size_workers(settings: WorkerSettings, shards: int) -> Workers:
             f"no worker with {cpus} CPUs and {gpus:g} GPUs fits this machine, which has {have}; "
             "see --cpus-per-worker, --gpus-per-worker and --ray-address"
         )
-    least, most = worker_range(settings.workers) or (room, room)
-    if not ray_address(settings):  # a cluster may grow, this machine does not
-        least, most = min(least, room), min(most, room)
+    if ray_address(settings):  # it may grow, and has others to serve once shards run out
+        least, most = worker_range(settings.workers) or (1, shards)
+    else:
+        least, most = (min(count, room) for count in worker_range(settings.workers) or (room, room))
+    least, most = min(least, shards), min(most, shards)
     memory = settings.memory or image_memory(nodes, cpus)
-    return Workers(min(least, shards), min(most, shards), cpus, gpus, memory)
+    return Workers(least, min(max(least, room), most), most, cpus, gpus, memory)
 
 
 def gpu_share(node: dict[str, float], gpus: float) -> int:

@@ -226,7 +226,11 @@ class WorkerSettings(ReadingSettings):
         "N",
     )
     workers: str = option(
-        "auto", "how many model workers: N, MIN:MAX, or auto for one a GPU or all CPUs", "Workers", "N"
+        "auto",
+        "how many model workers: N; MIN:MAX, as shards wait and nodes have room; or auto: on this machine one a GPU or "
+        "all CPUs, on a cluster from one to as many as it ever has room for",
+        "Workers",
+        "N",
     )
     engine: Literal["auto", "native", "torch", "compiled"] = option(
         "auto",

@@ -355,6 +355,7 @@ def build_dataset(
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
                 min_size=workers.least,
+                initial_size=workers.first,
                 max_size=workers.most,
                 max_tasks_in_flight_per_actor=SHARDS_AHEAD,
                 enable_true_multi_threading=True,

@@ -1,8 +1,25 @@
-"""Workers fit the machines that they are for."""
+"""Workers fit the machines that they are for, also where those come and go."""
 
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import duckdb
 import pytest
+from ray.cluster_utils import Cluster
 
 from pipeline.cluster import IMAGE_MEMORY, gpu_share, image_memory
+from pipeline.config import SegmentSettings
+from pipeline.run import segment
+from pipeline.segment import SHARDS_AHEAD
+from tests.conftest import Quiet, draw_image
+from tests.pipeline.sleeper import Sleeper
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -23,3 +40,86 @@ def test_the_memory_for_images_is_a_part_of_the_smallest_share():
     assert image_memory([large], 4) == 4 << 30
     assert image_memory([large, small], 2) == 512 << 20
     assert image_memory([{"CPU": 64, "memory": 8 << 30}], 1) == IMAGE_MEMORY[0]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head without room for a worker, and one node with room for one, all on this machine."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, as names of sockets in it must be
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
+        # no handlers of signals, which a thread that adds a node could not install
+        head = {"num_cpus": 1, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args=head)
+        try:
+            cluster.add_node(num_cpus=1)
+            yield cluster
+        finally:
+            cluster.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Run:
+    """A run of sleeping workers in a thread, and what they have done."""
+
+    def __init__(self, cluster: Cluster, folder: Path, checkpoint: str, shards: int):
+        self.output = folder / "masks"
+        self.output.mkdir()
+        self.set_pace(1.0)
+        for number in range(shards):
+            draw_image(folder / "photos" / f"{number:03d}.png", 32, 32, number)
+        self.settings = SegmentSettings(
+            input=str(folder / "photos"),
+            output=str(self.output),
+            checkpoint=checkpoint,
+            ray_address=cluster.address,
+            policy="exact=32x32",
+            shard_images=1,
+            cpus_per_worker=1,
+        )
+
+    def set_pace(self, seconds: float) -> None:
+        (self.output / "pace").write_text(str(seconds))
+
+    def done(self) -> dict[str, int]:
+        """Images done by each worker, by node and process."""
+        return {path.name: int(path.read_text() or 0) for path in self.output.glob("done-*")}
+
+    def do(self, meanwhile: Callable[["Run"], None]) -> dict:
+        """The run's record, when `meanwhile` has ended as well."""
+        with ThreadPoolExecutor(1) as pool:
+            watching = pool.submit(meanwhile, self)
+            watching.add_done_callback(lambda _: self.set_pace(0))
+            result = segment(self.settings, Quiet(), Sleeper)
+            watching.result()
+        return result.record
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    limit = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+
+
+def test_a_node_that_joins_is_used_and_one_that_goes_costs_only_what_it_had(cluster, checkpoint, tmp_path):
+    run = Run(cluster, tmp_path, checkpoint, shards=200)
+    seconds = 0.0
+
+    def come_and_go(run: Run) -> None:
+        nonlocal seconds
+        wait_until(lambda: sum(run.done().values()) >= 3)
+        before, joined = set(run.done()), time.monotonic()
+        node = cluster.add_node(num_cpus=1)
+        wait_until(lambda: any(count >= 4 for name, count in run.done().items() if name not in before))
+        seconds = time.monotonic() - joined
+        cluster.remove_node(node, allow_graceful=False)
+
+    record = run.do(come_and_go)
+    assert record["statuses"] == {"ok": 200}
+    rows = duckdb.sql(f"SELECT count(*), count(DISTINCT uri) FROM '{run.output}/segments/*/*.parquet'").fetchall()
+    assert rows == [(200, 200)]
+    again = sum(run.done().values()) - 200
+    assert 0 <= again <= 2 * SHARDS_AHEAD, "only what the node had under way is done again"
+    print(f"{seconds:.0f} s from joining to four images done")
