@@ -31,7 +31,7 @@ class Display:
         )
         self.tasks: dict[str, TaskID] = {}
         self.first: dict[str, tuple[float, int]] = {}  # when and at which count each kind of work was first seen
-        self.printed = (0.0, -1)  # when a plain line was last printed, and for how many
+        self.printed = (0.0, ("", -1))  # when a plain line was last printed, of which work, and for how many
 
     def __enter__(self) -> "Display":
         self.bar.start()
@@ -73,8 +73,8 @@ class Display:
             if work not in self.tasks:
                 self.tasks[work] = self.bar.add_task(work, total=total or None, detail=detail)
             self.bar.update(self.tasks[work], completed=done, total=total or None, detail=detail)
-        elif now - self.printed[0] >= PLAIN_EVERY or (done == total != self.printed[1]):
-            self.printed = (now, done)
+        elif now - self.printed[0] >= PLAIN_EVERY or (done == total and self.printed[1] != (work, done)):
+            self.printed = (now, (work, done))
             left = f"  ETA {clock((total - done) / rate)}" if rate and done < total else ""
             self.say("  ".join(filter(None, [f"{work} {done:,}" + (f"/{total:,}" if total else ""), detail])) + left)
 

@@ -14,6 +14,7 @@ import yaml
 
 from jobs import demo
 from jobs.cli import JOBS, main
+from jobs.display import Display
 from pipeline.config import SegmentSettings
 from tests.conftest import draw_image, spoil
 
@@ -150,6 +151,16 @@ def test_a_signal_ends_what_is_under_way_a_second_one_everything(collection, che
         assert said.splitlines()[-1] == line
     else:
         assert said.splitlines()[-1] == "swath: interrupted; run the same command again to go on"
+
+
+def test_each_kind_of_work_says_when_it_has_ended(capfd):
+    with Display() as display:
+        display.indexing(0, 12)
+        display.indexing(12, 12)
+        display.segmenting(12, 12, 0)  # as many, and at once
+        display.segmenting(12, 12, 0)
+    lines = [line.strip() for line in capfd.readouterr().err.splitlines()]
+    assert [line.partition("/12")[0] for line in lines] == ["reading headers 0", "reading headers 12", "segmenting 12"]
 
 
 def test_damage_to_our_own_files_is_one_line(swath, collection, tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import duckdb
@@ -14,10 +16,12 @@ import yaml
 
 from jobs.cli import main
 from pipeline.submission import SETTINGS, Work, pack
+from tests.conftest import draw_image
 from tests.jobs.ray_cluster import RayCluster, free_ports, ray_cluster
 
 ROOT = Path(__file__).parents[2]
 WAITED = 300  # seconds
+MANY = 120  # images, which take a while
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +125,79 @@ def test_a_cluster_gets_the_code_and_the_settings_and_nothing_else(tmp_path):
             assert {"jobs/__main__.py", "pipeline/run.py", "model/segformer.py"} < sent
             assert {Path(name).suffix for name in sent - {SETTINGS}} <= {".py", ".so"}
             assert not any("bench" in name or "tests" in name for name in sent)
+
+
+def test_a_job_that_is_stopped_drains_and_goes_on_without_losing_or_repeating_an_image(cluster, checkpoint, tmp_path):
+    for number in range(MANY):
+        draw_image(tmp_path / f"images/{number:03d}.png", 640, 480, seed=number)
+    output = tmp_path / "out"
+    job = ["segment", tmp_path / "images", output, "--checkpoint", checkpoint, "--shard-images", "4", "--run-id", "r"]
+    process = started(cluster, "--submission-id", "stopped", "--", *job, "--grace", "120")
+    wait_until(lambda: len(list(output.glob("segments/*/*.parquet"))) >= 2)
+    stop = ray_job(cluster, "stop", "--no-wait", "stopped")
+    assert stop.returncode == 0, stop.stderr
+    log, _ = process.communicate(timeout=WAITED)
+    assert process.returncode == 143, log
+    assert "stopping: shards under way have 120 s to end" in log
+    done = len(list(output.glob("segments/*/*.parquet")))
+    assert f"swath: stopped: {done} of {MANY // 4} shards of run r are done" in log
+    assert 2 <= done < MANY // 4
+    assert not list(output.glob("runs/r/lease-*.json"))
+    before = {path.name: path.read_bytes() for path in output.glob("segments/*/*.parquet")}
+
+    code, log, _ = submitted(cluster, "--", *job)
+    assert code == 0, log
+    assert f"{done} of {MANY // 4} shards of run r are there already" in log
+    assert query(str(output), ONE_ROW_EACH) == [(MANY, MANY, MANY)]
+    assert record(str(output))["shards_done_before"] == done
+    assert all((output / "segments/run=r" / name).read_bytes() == content for name, content in before.items())
+
+
+def test_the_exit_code_is_that_of_the_job(cluster, collection, tmp_path):
+    code, log, _ = submitted(cluster, "--", "segment", collection, tmp_path / "out", "--checkpoint", tmp_path / "none")
+    assert code == 2
+    assert f"swath: error: {tmp_path}/none" in log
+
+
+def test_who_leaves_the_log_leaves_the_job_running(cluster, collection, checkpoint, tmp_path):
+    job = ["segment", collection, tmp_path / "out", "--checkpoint", checkpoint, "--policy", "short=64"]
+    process = started(cluster, "--submission-id", "left", "--", *job)
+    assert process.stderr
+    assert process.stderr.readline() == "submitted left\n"
+    assert process.stdout
+    process.stdout.readline()  # the log has come
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=WAITED)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert f"ray job stop --address {cluster.dashboard} left" in said
+    wait_until(lambda: bool(list(tmp_path.glob("out/runs/*/run.json"))))
+    assert query(str(tmp_path / "out"), ONE_ROW_EACH) == [(12, 12, 12)]
+
+
+def test_rays_own_command_does_the_same(cluster, collection, checkpoint, tmp_path):
+    job = ["segment", collection, tmp_path / "out", "--checkpoint", checkpoint, "--policy", "short=64"]
+    done = ray_job(
+        cluster, "submit", "--working-dir", ".", "--submission-id", "rays", "--", "python", "-m", "jobs", *job
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "segmenting 12/12" in done.stdout
+    assert query(str(tmp_path / "out"), ONE_ROW_EACH) == [(12, 12, 12)]
+    assert record(str(tmp_path / "out"))["submission_id"] == "rays"
+
+
+def ray_job(cluster: RayCluster, *arguments: object) -> subprocess.CompletedProcess:
+    """`ray job`, given in this repository."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", *map(str, arguments)]
+    environment = os.environ | cluster.environment() | {"RAY_API_SERVER_ADDRESS": cluster.dashboard}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.run(
+        command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WAITED
+    )
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAITED
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
