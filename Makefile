@@ -57,6 +57,10 @@ clean:  ## Remove what these targets made
 	$(PIP) -e '.[dev]'
 	@touch .venv/installed $@
 
+.venv/clustered: .venv/created $(SOURCES)  # what the image has: the dashboard and job server besides
+	$(PIP) -e '.[cluster]'
+	@touch .venv/installed $@
+
 .venv/benching: .venv/created $(SOURCES)
 	$(PIP) -e '.[bench]'
 	@touch .venv/installed $@
