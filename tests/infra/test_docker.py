@@ -61,7 +61,8 @@ def copied(folder: Path) -> Path:
 def test_its_steps_are_those_of_make_and_find_all_that_they_need(tmp_path):
     (target,) = (step.removeprefix("make ") for step in values("RUN") if step.startswith("make "))
     folder = copied(tmp_path)
-    steps = subprocess.run(["make", "-n", target], cwd=folder, check=True, capture_output=True, text=True).stdout
+    command = ["make", "--no-print-directory", "-n", target]  # which says where it is when `make test` has started it
+    steps = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
     assert steps.split("\n")[0] == "python3 -m venv .venv"
     assert "pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[cluster]'" in steps
     wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path / "made"), "."]

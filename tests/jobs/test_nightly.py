@@ -40,6 +40,7 @@ def night(bucket, s3, monkeypatch, capfd):
     fs = fsspec.filesystem("s3")
     with FaultProxy(s3.endpoint_url) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        type(fs).clear_instance_cache()  # whose file systems go to the server itself
 
         def run(checkpoint: str) -> tuple[dict | None, str, Counter[str]]:
             before = set(fs.glob(f"{bucket}/masks/runs/*/run.json"))
@@ -58,6 +59,7 @@ def night(bucket, s3, monkeypatch, capfd):
 
         run.proxy, run.fs = proxy, fs
         yield run
+        type(fs).clear_instance_cache()
 
 
 def put(night, bucket: str, folder: Path, names: range, seed: int) -> set[str]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
 
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, load_checkpoint
 from model.predictor import Predictor
@@ -35,7 +36,11 @@ def test_logits_and_masks_equal_those_of_transformers(pair, size):
     processor = transformers.SegformerImageProcessor()
     masks = processor.post_process_semantic_segmentation(expected, target_sizes=[target])
     mask, _ = upsampled_argmax(logits[0].permute(1, 2, 0), target)
-    assert torch.equal(mask.long(), masks[0])
+    upsampled = F.interpolate(expected.logits, target, mode="bilinear", align_corners=False)[0]
+    first, second = upsampled.topk(2, dim=0).values
+    clear = first - second > 2e-4  # two classes that come nearer than twice the rounding may change places
+    assert torch.equal(mask[clear].long(), masks[0][clear])
+    assert (mask == masks[0]).float().mean() >= 0.9999
 
 
 @pytest.mark.parametrize("engine", ["native", "torch"])

@@ -72,7 +72,8 @@ def test_an_image_that_kills_its_worker_each_time_is_a_row_and_a_hub_that_is_kil
     assert watcher.metric("swath_workers") == 1
 
     loaded = load_checkpoint(checkpoint)
-    road = Road(Images(Reader(settings), None), Predictor(loaded, "cpu"), loaded.labels, settings, 2, 1 << 30)
+    predictor = Predictor(loaded, "cpu", settings.engine, settings.precision)
+    road = Road(Images(Reader(settings), None), predictor, loaded.labels, settings, 2, 1 << 30)
     images = [
         PlannedImage(*(row[name] for name in ("uri", "etag", "bytes", "format", "width", "height"))) for row in rows
     ]
@@ -114,9 +115,10 @@ def test_a_shard_that_ends_its_workers_goes_alone_and_before_those_that_come_lat
     assert order[8:] == ["later", "later done"]
 
 
-def test_logits_do_not_depend_on_what_shares_a_batch(checkpoint):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_logits_do_not_depend_on_what_shares_a_batch(checkpoint, precision):
     """So a mask in quarantine, where other images are in a batch, is the same bit for bit. With the native kernels."""
-    predictor = Predictor(load_checkpoint(checkpoint), "cpu", "native", "float32")
+    predictor = Predictor(load_checkpoint(checkpoint), "cpu", "native", precision)
     images = np.random.default_rng(0).integers(0, 256, (7, 64, 96, 3), dtype=np.uint8)
     together = predictor.logits(images)
     for parts in (1, 2, 3):
