@@ -36,8 +36,8 @@ class Tiling:
 
     def count(self, sides: Sides) -> Sides:
         """How many windows lie along a side of so many pixels, or along each of several."""
-        beyond = np.maximum(padded(sides) - self.window, 0)
-        return 1 + -(-beyond // (self.window - self.overlap))
+        beyond = padded(sides) - self.window
+        return 1 + -(-beyond * (beyond > 0) // (self.window - self.overlap))
 
     def spans(self, side: int) -> list[Span]:
         """The windows along a side of so many pixels, spread evenly from its start to the end of the last `STEP`."""

@@ -28,6 +28,8 @@ def demo():
 
 @given(st.integers(1, 30_000), st.sampled_from([Tiling(), Tiling(64, 32), Tiling(512, 384), Tiling(8192, 32)]))
 def test_windows_cover_a_side_and_share_what_is_asked(side, tiling):
+    assert tiling.count(np.array([side])) == [tiling.count(side)]
+    assert type(tiling.count(side)) is int, "else the run record could not be written"
     spans = tiling.spans(side)
     assert (spans[0].start, spans[-1].stop) == (0, padded(side))
     assert {span.stop - span.start for span in spans} == {min(padded(side), tiling.window)}
