@@ -87,9 +87,7 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
     context.max_errored_blocks = FAILED_SHARDS
     context.autoscaling_config.actor_pool_util_upscaling_threshold = GROWING
     context.autoscaling_config.actor_pool_util_downscaling_threshold = SHRINKING
-    with warnings.catch_warnings():  # one CPU is left for Ray itself, also of nodes that join; labels do not count CPUs
-        warnings.filterwarnings("ignore", message="`ExecutionOptions.exclude_resources` is deprecated")
-        context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=1)
+    leave_cpus(1)
     stopping.install()  # here, as ray.init installs its own
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray says on stdout that a worker has died
@@ -102,6 +100,14 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
             signal.signal(number, handler)
         with silence():
             ray.shutdown()
+
+
+def leave_cpus(count: int) -> None:
+    """Have pools leave so many CPUs to others, one of them for Ray itself, also of nodes that join."""
+    with warnings.catch_warnings():  # labels, which are to be used instead, do not count CPUs
+        warnings.filterwarnings("ignore", message="`ExecutionOptions.exclude_resources` is deprecated")
+        resources = ray.data.ExecutionResources(cpu=count)
+        ray.data.DataContext.get_current().execution_options.exclude_resources = resources
 
 
 def spread(settings: ClusterSettings, work: Callable[[T], R], chunks: Iterator[T]) -> Iterator[R]:
@@ -175,19 +181,24 @@ def size_workers(settings: WorkerSettings, shards: int) -> Workers:
     gpus = settings.gpus_per_worker
     if gpus is None:
         gpus = float(cluster_gpus > 0 and settings.engine != "native")
-    free = max(1, cluster_cpus - 1)  # one CPU is left for Ray itself
+    free = max(1, cluster_cpus - 1 - settings.decoders)  # one CPU is left for Ray itself
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if gpus:
         cpus = min((gpu_share(node, gpus) for node in nodes if node.get("GPU", 0) >= gpus), default=1)
     else:
         cpus = min(CPUS, free, *(int(node.get("CPU", 1)) for node in nodes))
+    if not ray_address(settings):
+        cpus = min(cpus, free)
     cpus = settings.cpus_per_worker or max(1, cpus)
     room = max(1, int(cluster_gpus / gpus) if gpus else free // cpus)
-    if not ray_address(settings) and not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in nodes):
+    if not ray_address(settings) and not any(
+        node.get("CPU", 0) - settings.decoders >= cpus and node.get("GPU", 0) >= gpus for node in nodes
+    ):
         have = f"{cluster_cpus - 1} CPUs and {cluster_gpus:g} GPUs"
+        have += f" and is to have {settings.decoders} decoders" * (settings.decoders > 0)
         raise ConfigurationError(
             f"no worker with {cpus} CPUs and {gpus:g} GPUs fits this machine, which has {have}; "
-            "see --cpus-per-worker, --gpus-per-worker and --ray-address"
+            "see --cpus-per-worker, --gpus-per-worker, --decoders and --ray-address"
         )
     if ray_address(settings):  # it may grow, and has others to serve once shards run out
         least, most = worker_range(settings.workers) or (1, shards)

@@ -246,6 +246,13 @@ class WorkerSettings(ReadingSettings):
         "Workers",
         "N",
     )
+    decoders: int = option(
+        0,
+        "actors of one CPU each that fetch and decode for the workers, for GPU hosts with few CPUs beside CPU hosts "
+        "with many; the masks are the same (default: 0, the workers do it themselves)",
+        "Workers",
+        "N",
+    )
     prefetch: int = option(2, "batches that wait decoded for the network, in each worker", "Workers", "N")
     memory: int | None = option(
         None,
@@ -273,6 +280,13 @@ class WorkerSettings(ReadingSettings):
     @classmethod
     def _counts(cls, value: int | None) -> int | None:
         return value if value is None else positive(value)
+
+    @field_validator("decoders")
+    @classmethod
+    def _decoders(cls, value: int) -> int:
+        if value < 0:
+            raise ValueError("must be 0 or more")
+        return value
 
     @field_validator("grace")
     @classmethod

@@ -36,10 +36,10 @@ from pipeline import attempts
 from pipeline.attempts import ERRORS, cause, is_of_credentials, reason
 from pipeline.config import SegmentSettings
 from pipeline.containers import ContainerError, Images
-from pipeline.decode import DecodeError, decode, resize
+from pipeline.decode import Decoded, DecodeError, decode, resize
 from pipeline.masks import encode_mask
 from pipeline.plan import PlannedImage, batch_size, bucket_size
-from pipeline.policy import parse_policy
+from pipeline.policy import Policy, parse_policy
 from pipeline.reader import ChangedError
 from pipeline.schema import Outcome
 from pipeline.stages import Clock, Gate, Stage
@@ -157,11 +157,12 @@ class Road:
         threads: int,
         memory: int,
         answers: Callable[[], bool] = lambda: True,
+        ahead: Callable[[PlannedImage], Decoded | None] = lambda image: None,
     ):
         """`threads` each decode, encode and, on a CPU, run the network; `memory` is in bytes; `answers` says whether
-        the store gives anything, when it has failed for long.
+        the store gives anything, when it has failed for long; `ahead` gives what was decoded elsewhere.
         """
-        self.answers = answers
+        self.answers, self.ahead = answers, ahead
         self.source, self.predictor, self.labels, self.settings = source, predictor, labels, settings
         self.policy = parse_policy(settings.policy)
         self.batch_pixels = settings.batch_pixels or predictor.batch_pixels
@@ -264,13 +265,17 @@ class Road:
         return [pair if is_known else None for pair, is_known in zip(pairs, known, strict=True)]
 
     def fetch(self, item: Item) -> None:
-        """The object's bytes, or why there are none."""
+        """The object's bytes, or why there are none; or at once what has been made of them elsewhere."""
         image, limit = item.image, self.settings.max_pixels
         if image.error:  # there is nothing to fetch
             item.outcome = Outcome("unreadable", image.error)
             return
         if (image.width or 0) * (image.height or 0) > limit:
             item.outcome = Outcome("too_large", f"{image.width}x{image.height} is over --max-pixels {limit:,}")
+            return
+        if found := self.ahead(image):
+            item.job.fetched = True
+            self.take(item, found)
             return
         try:
             item.data = self.read(image)
@@ -309,28 +314,24 @@ class Road:
             return
         try:
             with ExitStack() as room:
-                admit = partial(self.make_room, item, room)
-                image = decode(data, self.settings.max_pixels, admit, self.settings.allow_truncated)
-                bucket_h, bucket_w = self.policy.size(image.height, image.width)
-                item.pixels = image.pixels if self.policy.native else resize(image.pixels, bucket_h, bucket_w)
+                self.take(item, network_input(data, self.policy, self.settings, partial(self.make_room, item, room)))
         except DecodeError as error:
             item.outcome = Outcome(error.status, str(error))
-        else:
-            item.outcome = Outcome("ok", width=image.width, height=image.height, bucket=f"{bucket_h}x{bucket_w}")
 
-    def make_room(self, item: Item, room: ExitStack, height: int, width: int) -> tuple[int, int] | None:
-        """Wait until an image of this size can be decoded; one that is larger than planned is charged for it.
+    def take(self, item: Item, image: Decoded) -> None:
+        """Have an image's pixels for the network."""
+        height, width = self.policy.size(image.height, image.width)
+        item.pixels = image.pixels
+        item.outcome = Outcome("ok", width=image.width, height=image.height, bucket=f"{height}x{width}")
 
-        Says how many pixels are enough, where not all are wanted.
-        """
+    def make_room(self, item: Item, room: ExitStack, height: int, width: int) -> None:
+        """Wait until an image of this size can be decoded; one that is larger than planned is charged for it."""
         if height * width > (item.image.height or 0) * (item.image.width or 0):
             load = self.load(item.image, height, width)
             self.gate.overdraw(load.waiting - item.load.waiting)
             item.load, self.largest = load, self.largest.or_more(load)
             self.largest_unplanned = max(self.largest_unplanned, load.waiting)
         room.enter_context(self.decoder.hold(item.load.decoding))
-        is_enough = self.settings.scaled_decoding and not self.policy.native
-        return self.policy.size(height, width) if is_enough else None
 
     def decoded(self, item: Item) -> list[Batch]:
         """The batch, if this was the last that it waited for."""
@@ -406,6 +407,24 @@ class Road:
         self.gate.give_back(item.load.waiting)
         item.job.results.put((item.number, item.outcome or FAILED))
         return []
+
+
+def network_input(
+    data: bytes, policy: Policy, settings: SegmentSettings, make_room: Callable[[int, int], None]
+) -> Decoded:
+    """The image in `data`, its pixels at the size that the network wants: the bucket's, or its own for windows.
+
+    `make_room` is called with its height and width before they take memory. Raises `DecodeError`.
+    """
+
+    def admit(height: int, width: int) -> tuple[int, int] | None:
+        make_room(height, width)
+        return policy.size(height, width) if settings.scaled_decoding and not policy.native else None
+
+    image = decode(data, settings.max_pixels, admit, settings.allow_truncated)
+    if policy.native:
+        return image
+    return replace(image, pixels=resize(image.pixels, *policy.size(image.height, image.width)))
 
 
 def pixels_and_sizes(items: list[Item]) -> tuple[list[np.ndarray], list[tuple[int, int]]]:

@@ -32,6 +32,7 @@ from pipeline.cluster import (
     TASK_RETRIES,
     Workers,
     check_network,
+    leave_cpus,
     ray_address,
     ray_session,
     size_workers,
@@ -39,6 +40,7 @@ from pipeline.cluster import (
 )
 from pipeline.commit import Contents, Run, unfinished
 from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
+from pipeline.decoders import start_decoders
 from pipeline.filesystems import is_plain, open_filesystem, public_url, storage_options
 from pipeline.index import update_index
 from pipeline.inputs import summary
@@ -326,9 +328,12 @@ def do_shards(
     lose shard after shard. A new pool fits what is left of the cluster; there is one more for as long as any gets
     shards done.
     """
+    leave_cpus(1 + settings.decoders)
+    decoders: tuple[Any, ...] = ()
     while True:
         workers = size_workers(settings, len(todo))
-        job = Job(settings, run.id, version, workers.cpus, workers.gpus, workers.memory)
+        decoders = decoders or start_decoders(settings, workers.memory)
+        job = Job(settings, run.id, version, workers.cpus, workers.gpus, workers.memory, decoders)
         dataset = build_dataset(todo, job, checkpoint, hub, workers, worker)
         listener.say(f"run {run.id} on {workers}; metrics: {ray.get(hub.address.remote())}")
         with watching(hub, images, listener):

@@ -25,6 +25,7 @@ from pipeline.attempts import ERRORS, reason, take_retries
 from pipeline.commit import PlanFiles, Run
 from pipeline.config import SegmentSettings
 from pipeline.containers import Images
+from pipeline.decoders import Decoders
 from pipeline.metrics import BEAT
 from pipeline.plan import PlannedImage
 from pipeline.quarantine import DEATHS, Quarantine, Sender, Turns, along
@@ -53,6 +54,7 @@ class Job:
     threads: int  # that decode, encode and, on a CPU, run the network
     gpus: float  # of a worker; 0 for a CPU
     memory: int  # bytes of images that a worker holds
+    decoders: tuple[Any, ...] = ()  # actors that fetch and decode for the workers
 
 
 class RowsError(Exception):
@@ -79,7 +81,14 @@ class Segmenter:
         self.plan = PlanFiles(self.run)
         self.source = Images(Reader(settings), settings.image_column)
         self.road = Road(
-            self.source, self.predictor, self.labels, settings, job.threads, job.memory, self.store_answers
+            self.source,
+            self.predictor,
+            self.labels,
+            settings,
+            job.threads,
+            job.memory,
+            self.store_answers,
+            Decoders(job.decoders),
         )
         self.turns = Turns()
         self.started = resident_memory("VmHWM")
@@ -156,7 +165,7 @@ class Segmenter:
         job = self.job
         torch.cuda.empty_cache()
         settings = job.settings.model_copy(update={"batch_pixels": self.road.batch_pixels})
-        half = replace(job, settings=settings, threads=max(1, job.threads // 2), memory=job.memory // 2)
+        half = replace(job, settings=settings, threads=max(1, job.threads // 2), memory=job.memory // 2, decoders=())
         open_road = partial(road_of, type(self), half, ray.get(self.checkpoint))
         return Quarantine(
             ray.cloudpickle.dumps(partial(along, open_road)), self.hub.retried.remote, settings.retry_seconds

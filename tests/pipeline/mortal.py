@@ -3,10 +3,13 @@
 import ctypes
 import os
 
+import pipeline.decoders
 import pipeline.road
 import pipeline.segment
 from model.checkpoint import Checkpoint
 from model.predictor import Predictor
+from pipeline.decode import Decoded, DecodeError
+from pipeline.plan import PlannedImage
 
 KILL = b"a decoder's bug"  # after the end of an image
 decode = pipeline.road.decode
@@ -25,6 +28,15 @@ class Mortal(pipeline.segment.Segmenter):
         return decode(data, *arguments)
 
 
+class MortalDecoder(pipeline.decoders.Decoder):
+    """A decoder that crashes with the same images."""
+
+    def decode(self, image: PlannedImage) -> Decoded | None:
+        if self.source.fetch(image).endswith(KILL):
+            ctypes.string_at(0)
+        return super().decode(image)
+
+
 class Stillborn(pipeline.segment.Segmenter):
     """A worker that dies whenever it loads."""
 
@@ -34,3 +46,14 @@ class Stillborn(pipeline.segment.Segmenter):
 
     def load(self, checkpoint: Checkpoint) -> Predictor:
         os._exit(3)
+
+
+class Idle(pipeline.segment.Segmenter):
+    """A worker that cannot decode."""
+
+    def __init__(self, *arguments: object):
+        pipeline.road.decode = self.decode
+        super().__init__(*arguments)
+
+    def decode(self, *arguments: object) -> object:
+        raise DecodeError("unreadable", "the worker had to decode")
