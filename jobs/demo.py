@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
-from jobs.display import Display, example_query, print_record
+from jobs.display import Display, example_query, print_record, segment_files
 from jobs.scenes.draw import CLASSES, PALETTE, TRAINING_SEEDS, draw_scene
 from model.labels import label_set
 from pipeline.config import ConfigurationError, SegmentSettings, option
@@ -106,7 +106,7 @@ def draw_collection(folder: Path, images: int) -> dict[str, tuple[int, int, int]
 
 def print_answer(output: str) -> None:
     """Put the query that closes every run to the table, and show what it says."""
-    answer = duckdb.connect().execute(example_query(f"{output}/segments/*/*.parquet"))
+    answer = duckdb.connect().execute(example_query(segment_files(str(output))))
     table = Table(*(column[0] for column in answer.description or ()), box=None, header_style="bold", pad_edge=False)
     for values in answer.fetchall():
         table.add_row(*map(str, values))

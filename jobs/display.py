@@ -1,5 +1,6 @@
 """What a person sees while a job runs, and when it is done."""
 
+import glob
 import sys
 import time
 from collections.abc import Mapping
@@ -114,7 +115,7 @@ def print_record(record: dict[str, Any], output: str) -> None:
             table.add_row(escape(name), f"{pixels / record['pixels']:.1%}", f"{images:,}")
         console.print()
         console.print(table)
-    segments = f"{output.rstrip('/')}/segments/*/*.parquet"
+    segments = segment_files(output)
     console.print(
         f"\nrows     {escape(segments)}", f"run      {record['run_id']}  model {record['model_version']}", sep="\n"
     )
@@ -139,6 +140,11 @@ def print_statuses(console: Console, statuses: Mapping[str, int], reasons: Mappi
         console.print(f"{images:>8,}  {escape(reason)}")
     if rest := found[REASONS_SHOWN:]:
         console.print(f"{sum(images for _, images in rest):>8,}  for {len(rest)} other reasons")
+
+
+def segment_files(output: str) -> str:
+    """A pattern for the segments table of an output, whatever that is called."""
+    return f"{glob.escape(output.rstrip('/'))}/segments/*/*.parquet"
 
 
 def example_query(segments: str) -> str:

@@ -8,6 +8,8 @@
 `current` finds its rows by URI and run alone, so that a query on statistics still never reads a mask.
 """
 
+from glob import escape
+
 from pipeline.changes import FOLDER
 from pipeline.storage import Store
 
@@ -34,6 +36,6 @@ CREATE OR REPLACE VIEW current AS
 
 def views(output: Store) -> str:
     """SQL that makes the views of an output with at least one finished run; `deletions` as of now."""
-    root = output.uri("").rstrip("/").removeprefix("file://").replace("'", "''")
+    root = escape(output.uri("").rstrip("/").removeprefix("file://")).replace("'", "''")
     deletions = GONE if output.names(FOLDER) else NONE_GONE
     return "\n".join([SEGMENTS, RUNS, deletions, CURRENT]).format(output=root, folder=FOLDER).lstrip()

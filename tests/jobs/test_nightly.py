@@ -124,7 +124,7 @@ class Watcher(Quiet):
 
 def test_a_night_after_one_that_failed_finishes_it_and_then_does_what_came_since(tmp_path, checkpoint, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    collection, output = tmp_path / "photos", tmp_path / "it's masks"
+    collection, output = tmp_path / "photos", tmp_path / "it's [new] *masks?"
     for number in range(24):
         draw_image(collection / f"{number:03d}.jpg", 64, 48, number)
     settings = NightlySettings(
