@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from pipeline import index, schema
+from pipeline import changes, index, schema
 from pipeline.attempts import reason
 from pipeline.commit import DIGEST, Contents, Run, runs
 from pipeline.config import ConfigurationError, VerifySettings
@@ -99,12 +99,16 @@ def verify(settings: VerifySettings, progress: Progress, spread: Spread) -> Repo
     report = Report(defaultdict(int), Findings())
     with workspace() as space:
         space.tables.execute(SCHEMA)
-        for name in sorted({f"part-{number:05d}.parquet" for number in range(len(parts))} - set(parts)):
-            report.findings.add(f"index/{name}", "is not there, but later ones are")
+        for folder, names in (("index", parts), (changes.FOLDER, output.names(changes.FOLDER))):
+            for name in sorted({f"part-{number:05d}.parquet" for number in range(len(names))} - set(names)):
+                report.findings.add(f"{folder}/{name}", "is not there, but later ones are")
         if found and not parts:
             report.findings.add("index", "is not there, but runs were planned from it: swath index makes it again")
         for number, name in enumerate(parts):
             read_index_part(output, f"index/{name}", number, space.tables, report)
+        for name in output.names(changes.FOLDER):
+            report.checked["deletion parts"] += 1
+            read_part(output, f"{changes.FOLDER}/{name}", changes.DELETIONS, report.findings)
         known = {run.id: facts for run in found if (facts := check_run(run, report))}
         shards = check_folders(output, known, report.findings)
         prove_shards(settings, known, shards, space.tables, progress, spread, report)
@@ -115,24 +119,32 @@ def verify(settings: VerifySettings, progress: Progress, spread: Spread) -> Repo
 def read_index_part(output: Store, name: str, number: int, tables: duckdb.DuckDBPyConnection, report: Report) -> None:
     """Check a part of the index, and add its images to the table `indexed`."""
     report.checked["index parts"] += 1
-    try:
-        data = output.read(name)
-        check_parquet(data)
-        page = pq.read_table(pa.BufferReader(data))
-        if not page.schema.equals(index.SCHEMA):
-            report.findings.add(name, "its columns are not those of the index")
-            return
-        page.validate(full=True)
-    except SealError as error:
-        report.findings.add(name, str(error))
-        return
-    except Exception as error:  # whatever a file of that name may hold
-        report.findings.add(name, unreadable(error))
+    page = read_part(output, name, index.SCHEMA, report.findings)
+    if page is None:
         return
     report.checked["indexed images"] += len(page)
     make_room(tables, report.checked["indexed images"])
     tables.register("page", page)
     tables.execute(INDEXED, [number])
+
+
+def read_part(output: Store, name: str, columns: pa.Schema, findings: Findings) -> pa.Table | None:
+    """The table of an object; None where something is wrong with it."""
+    try:
+        data = output.read(name)
+        check_parquet(data)
+        page = pq.read_table(pa.BufferReader(data))
+        page.validate(full=True)
+    except SealError as error:
+        findings.add(name, str(error))
+        return None
+    except Exception as error:  # whatever a file of that name may hold
+        findings.add(name, unreadable(error))
+        return None
+    if not page.schema.equals(columns):
+        findings.add(name, f"its columns are not those of the {name.partition('/')[0]}")
+        return None
+    return page
 
 
 def unreadable(error: Exception) -> str:

@@ -111,7 +111,13 @@ def test_each_night_over_a_changing_bucket_does_just_what_it_should(
         assert found == [(record["model_version"], 45, 45)]
         assert sql.sql("SELECT uri FROM deletions ORDER BY 1").fetchall() == [(url,) for url in gone]
     report = verify(VerifySettings(output=f"{bucket}/masks"), Quiet(), no_spread)
-    assert report.findings.first == []
+    assert (report.findings.first, report.checked["deletion parts"]) == ([], 1)
+    part = f"{bucket}/masks/deletions/part-00000.parquet"
+    data = bytearray(night.fs.cat_file(part))
+    data[len(data) // 2] ^= 1
+    night.fs.pipe_file(part, bytes(data))
+    (finding,) = verify(VerifySettings(output=f"{bucket}/masks"), Quiet(), no_spread).findings.first
+    assert "deletions/part-00000.parquet" in str(finding)
 
 
 class Watcher(Quiet):
