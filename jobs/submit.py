@@ -22,6 +22,7 @@ LOCAL = ("demo", "submit")  # jobs that are not for a cluster
 
 def run(settings: SubmitSettings) -> int:
     from jobs.cli import read_command
+    from pipeline.filesystems import public_url
     from pipeline.submission import Work, connect, follow, submit
 
     name, values, checked = read_command(settings.command)
@@ -35,7 +36,9 @@ def run(settings: SubmitSettings) -> int:
         values["checkpoint"] = absolute(values["checkpoint"])
     variables = dict(map(variable, settings.env))
     places = {
-        key: ", ".join([value] if isinstance(value, str) else value) for key, value in values.items() if key in PLACES
+        key: ", ".join(map(public_url, [value] if isinstance(value, str) else value))
+        for key, value in values.items()
+        if key in PLACES
     }
     client = connect(settings.ray_address)
     work = Work(name, values, getattr(checked, "grace", 0), settings.installed)

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.attempts import reason
+from pipeline.attempts import ERRORS, reason
 from pipeline.config import ConfigurationError
 
 ROOT = Path(__file__).parent.parent
@@ -32,8 +32,9 @@ SETTINGS = "settings.yaml"
 EXIT_CODE = "swath: exit code"  # how the last line of a job's log begins
 BEYOND_GRACE = 60  # seconds that a stopped job has to write what it has done, on top of its grace
 CONNECTED_WITHIN = 10  # seconds
-ENDED_WITHIN = 30.0  # seconds from the end of a job's log to its status
+ENDED_WITHIN = 5.0  # seconds from the end of a job's log to its status; later the log goes on
 LOOKED_EVERY = 0.5  # seconds
+LOST_AFTER = 300.0  # seconds without an answer of the job server: a head that has gone does not come back
 
 
 @dataclass(frozen=True)
@@ -114,29 +115,43 @@ def pack(work: Work, folder: Path) -> None:
 def follow(client: Any, job: str, show: Callable[[str], None]) -> int:
     """Show the job's log as it grows, to its end; the exit code of its driver.
 
-    A connection that breaks is made anew, and what was shown before is not shown again.
+    A connection that breaks is made anew, and what was shown before is not shown again. Raises `ConnectionError` when
+    the job server has not answered for `LOST_AFTER`, or knows the job no more.
     """
     shown, last = 0, ""
+    silent_since: float | None = None  # by the monotonic clock
+
+    def show_new(text: str, before: int) -> None:
+        """Of a part of the log, which begins so many characters after the log's own beginning."""
+        nonlocal shown, last
+        if new := text[max(0, shown - before) :]:
+            shown, last = before + len(text), (last + new)[-1000:]
+            show(new)
 
     async def tail() -> None:
-        nonlocal shown, last
         seen = 0
         async for text in client.tail_job_logs(job):
-            new = text[max(0, shown - seen) :]
+            show_new(text, seen)
             seen += len(text)
-            if new:
-                shown, last = seen, (last + new)[-1000:]
-                show(new)
 
     while True:
-        with contextlib.suppress(OSError, RuntimeError):
+        with contextlib.suppress(*ERRORS, RuntimeError):
             asyncio.run(tail())
         deadline = time.monotonic() + ENDED_WITHIN
         while True:
-            with contextlib.suppress(OSError):
+            try:
                 info = client.get_job_info(job)
+                silent_since = None
                 if info.status.is_terminal():
+                    show_new(client.get_job_logs(job), 0)  # for the connection may have broken before its end
                     return exit_code(info, last)
+            except (*ERRORS, RuntimeError) as error:
+                if "status code 404" in str(error):  # a head that is another one by now
+                    raise ConnectionError(f"the job server knows no job {job}") from None
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() - silent_since > LOST_AFTER:
+                    silence = f"the job server has not answered for {LOST_AFTER:g} s ({reason(error)})"
+                    raise ConnectionError(f"{silence}; the job {job} may go on") from None
             if time.monotonic() > deadline:
                 break
             time.sleep(LOOKED_EVERY)

@@ -1,10 +1,13 @@
 """Jobs that are sent to a cluster: a real one, with a head, two workers, a dashboard and a token of its own."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,6 +176,83 @@ def test_who_leaves_the_log_leaves_the_job_running(cluster, collection, checkpoi
     assert f"ray job stop --address {cluster.dashboard} left" in said
     wait_until(lambda: bool(list(tmp_path.glob("out/runs/*/run.json"))))
     assert query(str(tmp_path / "out"), ONE_ROW_EACH) == [(12, 12, 12)]
+
+
+FOLLOW = """
+import sys
+from pipeline import submission
+submission.LOST_AFTER = 3
+client = submission.connect(sys.argv[1])
+job = client.submit_job(entrypoint="echo begun; sleep 20; echo ended")
+sys.exit(submission.follow(client, job, lambda text: print(text, end="", flush=True)))
+"""
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_log_outlives_a_broken_connection_and_ends_with_the_job_server(cluster, comes_back):
+    with Door(cluster.dashboard) as door:
+        command = [sys.executable, "-c", FOLLOW, door.url]
+        environment = os.environ | cluster.environment()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert process.stdout
+        while process.stdout.readline() != "begun\n":
+            assert process.poll() is None
+        door.shut()
+        if comes_back:
+            time.sleep(1)
+            door.open()
+        log, said = process.communicate(timeout=WAITED)
+    if comes_back:
+        assert (process.returncode, log) == (0, "ended\n"), said
+    else:
+        assert process.returncode == 1
+        assert "ConnectionError: the job server has not answered for 3 s" in said
+
+
+class Door:
+    """A way to a server that can be shut, which ends what goes through it."""
+
+    def __init__(self, url: str):
+        host, port = url.removeprefix("http://").split(":")
+        self.behind, (self.port,) = (host, int(port)), free_ports(1)
+        self.url, self.sockets, self.lock = f"http://{host}:{self.port}", [], threading.Lock()
+
+    def __enter__(self) -> "Door":
+        self.open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shut()
+
+    def open(self) -> None:
+        listener = socket.create_server((self.behind[0], self.port))
+        self.sockets.append(listener)
+        threading.Thread(target=self.let_in, args=(listener,), daemon=True).start()
+
+    def let_in(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                pair = [listener.accept()[0], socket.create_connection(self.behind)]
+                with self.lock:
+                    self.sockets += pair
+                for one, other in (pair, pair[::-1]):
+                    threading.Thread(target=self.pass_on, args=(one, other), daemon=True).start()
+
+    def pass_on(self, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(1 << 16):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+
+    def shut(self) -> None:
+        with self.lock:
+            while self.sockets:
+                one = self.sockets.pop()
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)  # else whoever waits for it would go on
+                one.close()
 
 
 def test_rays_own_command_does_the_same(cluster, collection, checkpoint, tmp_path):
