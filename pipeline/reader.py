@@ -163,18 +163,22 @@ class ObjectFile(io.RawIOBase):
         self.failure: Exception | None = None
 
     def read(self, count: int = -1) -> bytes:
-        left = max(0, self.bytes - self.position)
-        count = left if count is None or count < 0 else min(count, left)
-        for start, data in self.pieces:
-            if start <= self.position and self.position + count <= start + len(data):
-                break
-        else:
-            start = self.position
-            data = self.fetch(start, min(self.bytes, start + max(count, self.ahead)))
-            self.pieces[1] = start, data
-        found = data[self.position - start : self.position - start + count]
+        found = self.read_at(self.position, count)
         self.position += len(found)
         return found
+
+    def read_at(self, position: int, count: int | None = -1) -> bytes:
+        """The `count` bytes from `position` on, or all, or fewer where the object ends before."""
+        left = max(0, self.bytes - position)
+        count = left if count is None or count < 0 else min(count, left)
+        for start, data in self.pieces:
+            if start <= position and position + count <= start + len(data):
+                break
+        else:
+            start = position
+            data = self.fetch(start, min(self.bytes, start + max(count, self.ahead)))
+            self.pieces[1] = start, data
+        return data[position - start : position - start + count]
 
     def fetch(self, start: int, end: int) -> bytes:
         try:

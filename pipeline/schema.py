@@ -103,8 +103,13 @@ def classes(found: Segmentation, labels: LabelSet) -> list[dict]:
 
 
 def encode_shard(rows: list[dict], metadata: dict[bytes, bytes]) -> bytes:
-    """Rows as one Parquet file: zstd (masks are compressed already), page checksums, statistics, a seal."""
-    table = pa.Table.from_pylist(rows, SEGMENTS.with_metadata({b"swath.schema": str(VERSION).encode(), **metadata}))
+    """Rows as one Parquet file."""
+    return encode_table(pa.Table.from_pylist(rows, SEGMENTS), metadata)
+
+
+def encode_table(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:
+    """The same of a table: zstd (masks are compressed already), page checksums, statistics, a seal."""
+    table = table.replace_schema_metadata({b"swath.schema": str(VERSION).encode(), **metadata})
     compression = {name: "none" if name == "mask" else "zstd" for name in column_paths()}
     return write_sealed(table, compression=compression, write_page_checksum=True, use_dictionary=dictionary_paths())
 

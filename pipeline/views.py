@@ -1,11 +1,14 @@
 """The output as SQL: views that DuckDB, and with few changes other engines, answer from the Parquet files themselves.
 
-    segments   every row: an image, or a version of it, as one run and one model saw it
-    runs       finished runs
-    deletions  URIs that are no longer in the collection
-    current    of each image that is still there the row of the run that was finished last
+    segments     every row: an image, or a version of it, as one run and one model saw it
+    runs         finished runs; times are UTC, here and in deletions
+    deletions    URIs that are no longer in the collection
+    current      of each image that is still there the row of the run that was finished last
+    class_stats  of each of these images the classes that its mask has, a row each
+    failures     those of these images that have no mask, and why
 
-`current` finds its rows by URI and run alone, so that a query on statistics still never reads a mask.
+`current` finds its rows by URI and run alone, and holds no URI of the first run in memory, so that a query on
+statistics never reads a mask, and one over a first run of many images and small ones since is as fast as a scan.
 """
 
 from glob import escape
@@ -13,29 +16,73 @@ from glob import escape
 from pipeline.changes import FOLDER
 from pipeline.storage import Store
 
-SEGMENTS = "CREATE OR REPLACE VIEW segments AS\n  FROM read_parquet('{output}/segments/*/*.parquet');"
+SEGMENTS = """
+CREATE OR REPLACE VIEW segments AS
+  FROM read_parquet('{root}/segments/*/*.parquet', hive_partitioning = false);"""
+RECORD = {
+    "run_id": "VARCHAR",
+    "model_version": "VARCHAR",
+    "started": "TIMESTAMP",
+    "finished": "TIMESTAMP",
+    "seconds": "DOUBLE",
+    "images": "BIGINT",
+    "statuses": "MAP(VARCHAR, BIGINT)",
+    "input_bytes": "BIGINT",
+    "output_bytes": "BIGINT",
+    "pixels": "BIGINT",
+    "input": "VARCHAR[]",
+    "checkpoint": "VARCHAR",
+}
 RUNS = """
 CREATE OR REPLACE VIEW runs AS
-  SELECT run_id, model_version, started::TIMESTAMPTZ AS started, finished::TIMESTAMPTZ AS finished, images, seconds
-  FROM read_json('{output}/runs/*/run.json', columns = {{run_id: 'VARCHAR', model_version: 'VARCHAR',
-                 started: 'VARCHAR', finished: 'VARCHAR', images: 'BIGINT', seconds: 'DOUBLE'}});"""
-NONE_GONE = """
-CREATE OR REPLACE VIEW deletions AS
-  SELECT NULL::VARCHAR AS uri, NULL::TIMESTAMPTZ AS noticed WHERE false;"""
+  FROM read_json('{root}/runs/*/run.json', maximum_object_size = 1073741824,
+    columns = {{{columns}}});"""
+NONE_FINISHED = """
+CREATE OR REPLACE VIEW runs AS
+  SELECT {nothing} WHERE false;"""
 GONE = """
 CREATE OR REPLACE VIEW deletions AS
-  SELECT uri, max(noticed) AS noticed FROM read_parquet('{output}/{folder}/*.parquet')
+  SELECT uri, max(noticed) AT TIME ZONE 'UTC' AS noticed FROM read_parquet('{root}/{folder}/*.parquet')
   GROUP BY uri HAVING max_by(is_gone, noticed);"""
+NONE_GONE = """
+CREATE OR REPLACE VIEW deletions AS
+  SELECT NULL::VARCHAR AS uri, NULL::TIMESTAMP AS noticed WHERE false;"""
+PLACES = "(SELECT run_id, row_number() OVER (ORDER BY finished, run_id) AS place FROM runs)"
+# written out twice, as DuckDB reads every column of what is joined with a CTE that it keeps
 CURRENT = """
 CREATE OR REPLACE VIEW current AS
-  FROM segments SEMI JOIN (
-    SELECT uri, run_id FROM segments JOIN runs USING (run_id) ANTI JOIN deletions USING (uri)
-    QUALIFY row_number() OVER (PARTITION BY uri ORDER BY finished DESC, run_id DESC) = 1
-  ) newest USING (uri, run_id);"""
+  SELECT s.* FROM segments s JOIN {places} this USING (run_id)
+  ANTI JOIN (SELECT uri, place FROM segments JOIN {places} that USING (run_id) WHERE place > 1) later
+    ON later.uri = s.uri AND later.place > this.place
+  ANTI JOIN deletions ON deletions.uri = s.uri;"""
+CLASS_STATS = """
+CREATE OR REPLACE VIEW class_stats AS
+  SELECT uri, width, height, unnest(classes).class_id AS class_id, unnest(classes).name AS name,
+    unnest(classes).pixels AS pixels, unnest(classes).fraction AS fraction,
+    unnest(classes).confidence AS confidence, model_version, run_id
+  FROM current;"""
+FAILURES = """
+CREATE OR REPLACE VIEW failures AS
+  SELECT uri, status, error, format, bytes, width, height, model_version, run_id FROM current WHERE status <> 'ok';"""
 
 
 def views(output: Store) -> str:
-    """SQL that makes the views of an output with at least one finished run; `deletions` as of now."""
-    root = escape(output.uri("").rstrip("/").removeprefix("file://")).replace("'", "''")
-    deletions = GONE if output.names(FOLDER) else NONE_GONE
-    return "\n".join([SEGMENTS, RUNS, deletions, CURRENT]).format(output=root, folder=FOLDER).lstrip()
+    """SQL that makes the views of an output that has rows; which runs and deletions there are is as of now."""
+    return views_at(output, output.uri("").rstrip("/").removeprefix("file://"))
+
+
+def views_at(output: Store, root: str) -> str:
+    """The same where the engine that is asked reaches the output at `root`, a path or URL."""
+    has_runs = any("run.json" in output.names(f"runs/{run}") for run in output.names("runs"))
+    parts = [
+        SEGMENTS,
+        RUNS if has_runs else NONE_FINISHED,
+        GONE if output.names(FOLDER) else NONE_GONE,
+        CURRENT,
+        CLASS_STATS,
+        FAILURES,
+    ]
+    columns = ", ".join(f"{name}: '{kind}'" for name, kind in RECORD.items())
+    nothing = ", ".join(f"NULL::{kind} AS {name}" for name, kind in RECORD.items())
+    literal = escape(root).replace("'", "''")
+    return "\n".join(parts).format(root=literal, folder=FOLDER, places=PLACES, columns=columns, nothing=nothing)

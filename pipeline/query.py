@@ -1,0 +1,152 @@
+"""SQL on an output, answered by DuckDB in this process from the Parquet files themselves, with the views of `views`.
+
+Of local files DuckDB maps what it wants; those of an object store are read as everything else here is, with the same
+credentials and patience, and never a byte more than DuckDB asks for.
+"""
+
+import fnmatch
+import itertools
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from fsspec import AbstractFileSystem
+
+from pipeline.config import ConfigurationError
+from pipeline.reader import ObjectFile, Reader
+from pipeline.storage import Store
+from pipeline.views import views, views_at
+
+PROTOCOL = "swath"  # of an output that is reached through `OutputFiles`
+REQUESTS = 32  # in flight to an object store
+ROWS = 10_000  # of a batch of an answer
+
+
+class QueryError(ConfigurationError):
+    """SQL that DuckDB does not take; the message is DuckDB's, which shows where."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Some SQL, and what it asks in words."""
+
+    title: str
+    sql: str
+
+
+def connect(output: Store) -> duckdb.DuckDBPyConnection:
+    """A DuckDB of its own with the views of an output. Raises `ConfigurationError` where that has no rows."""
+    if not output.names("segments"):
+        raise ConfigurationError(f"{output.url}: no segments are here; give the OUTPUT of swath segment")
+    tables = duckdb.connect()
+    tables.execute("SET autoinstall_known_extensions = false")  # nothing is loaded from anywhere without being asked
+    tables.execute("SET preserve_insertion_order = false")
+    tables.execute("SET enable_profiling = 'no_output'")  # for `bytes_read`
+    if output.is_local:
+        tables.execute(views(output))
+    else:
+        tables.register_filesystem(OutputFiles(output))
+        tables.execute(f"SET threads = {REQUESTS}")  # which wait most of the time
+        tables.execute(views_at(output, f"{PROTOCOL}://"))
+    return tables
+
+
+def ask(tables: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader | None:
+    """The answer to the last of the statements in `sql`, as it comes; None where that has none. Raises `QueryError`."""
+    try:
+        answer = tables.sql(sql)
+        return answer.to_arrow_reader(ROWS) if answer else None
+    except duckdb.Error as error:
+        raise QueryError(str(error).strip()) from None
+
+
+def bytes_read(tables: duckdb.DuckDBPyConnection) -> int:
+    """What the statement that ran last has read of files; its answer has to be taken whole before."""
+    return json.loads(tables.get_profiling_information(format="json"))["io"]["total_bytes_read"]
+
+
+def questions(text: str) -> Iterator[Question]:
+    """The paragraphs of an SQL file: lines of comment say what the statement below them asks."""
+    for is_blank, group in itertools.groupby(text.splitlines(), lambda line: not line.strip()):
+        lines = list(group)
+        comment = list(itertools.takewhile(lambda line: line.startswith("--"), lines))
+        if not is_blank and len(comment) < len(lines):
+            title = " ".join(line.lstrip("- ").strip() for line in comment)
+            yield Question(title, "\n".join(lines[len(comment) :]))
+
+
+class OutputFiles(AbstractFileSystem):
+    """The files of an output, for DuckDB to read; paths are names below its root. Many threads may use it."""
+
+    protocol = PROTOCOL
+    cachable = False  # by fsspec, which knows nothing of `output`
+
+    def __init__(self, output: Store):
+        super().__init__()
+        self.output = output
+        self.sizes: dict[str, int] = {}
+        self.lock = threading.Lock()
+
+    def glob(self, path: str, **_: Any) -> list[str]:
+        """What matches a pattern, part for part."""
+        found = [""]
+        for part in self._strip_protocol(path).strip("/").split("/"):
+            if any(sign in part for sign in "*?["):
+                found = [
+                    f"{folder}/{name}".lstrip("/")
+                    for folder in found
+                    for name in self.output.names(folder)
+                    if fnmatch.fnmatchcase(name, part)
+                ]
+            else:
+                found = [f"{folder}/{part}".lstrip("/") for folder in found]
+        return [f"{PROTOCOL}://{name}" for name in found]
+
+    def open(self, path: str, mode: str = "rb", **_: Any) -> "SharedFile":
+        """Raises FileNotFoundError."""
+        if mode not in ("rb", "r"):
+            raise PermissionError(f"{path}: an output is not written by a query")
+        name = self._strip_protocol(path)
+        file = SharedFile(self.output.reader, self.output.uri(name))
+        with self.lock:
+            self.sizes[name] = file.bytes
+        return file
+
+    def size(self, path: str) -> int:
+        """Of a file that has been opened, in bytes."""
+        with self.lock:
+            return self.sizes[self._strip_protocol(path)]
+
+    def modified(self, path: str) -> datetime:
+        """Always the same, as nothing that is put is ever changed."""
+        return datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class SharedFile(ObjectFile):
+    """A file that DuckDB's threads read together: each seeks and then reads, and another may come in between.
+
+    So each has a position of its own; a thread that has not sought goes on where the last reading has ended.
+    """
+
+    def __init__(self, reader: Reader, uri: str):
+        super().__init__(reader, uri, ahead=0)
+        self.sought: dict[int, int] = {}  # position by thread
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.sought[threading.get_ident()] = super().seek(offset, whence)
+        return self.position
+
+    def read(self, count: int = -1) -> bytes:
+        start = self.sought.pop(threading.get_ident(), None)
+        if start is None:
+            start = self.position
+            self.sought.clear()
+        found = self.read_at(start, count)
+        self.position = start + len(found)
+        return found
