@@ -20,7 +20,7 @@ class ConfigurationError(Exception):
     """A setting, input or output that cannot be used; the message is one line with the value and the remedy."""
 
 
-GROUPS = ("Cluster", "Input", "Model", "Run", "Workers", "Storage", "Metrics", "Demo")  # as help shows them
+GROUPS = ("Cluster", "Query", "Input", "Model", "Run", "Workers", "Storage", "Metrics", "Demo")  # as help shows them
 
 
 def option(default: Any, help: str, group: str, metavar: str | None = None) -> Any:
@@ -380,6 +380,21 @@ class VerifySettings(OutputArgument, ClusterSettings):
 
 class ViewsSettings(OutputArgument, StorageSettings):
     """What `swath views` needs."""
+
+
+class QuerySettings(OutputArgument, StorageSettings):
+    """What `swath query` needs."""
+
+    sql: str = Field("", description="what is asked, in DuckDB's SQL; without it the views are listed")
+    file: str | None = option(
+        None,
+        "an SQL file, each paragraph of which is a question, with its title in comment lines above",
+        "Query",
+        "FILE",
+    )
+    format: Literal["table", "csv", "json", "parquet"] = option(
+        "table", "of the answer: table for a person (the first 200 rows), csv, json or parquet for all", "Query", "NAME"
+    )
 
 
 class SubmitSettings(BaseModel):

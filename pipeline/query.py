@@ -60,8 +60,12 @@ def connect(output: Store) -> duckdb.DuckDBPyConnection:
 def ask(tables: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader | None:
     """The answer to the last of the statements in `sql`, as it comes; None where that has none. Raises `QueryError`."""
     try:
+        statements = tables.extract_statements(sql)
+        if not statements:
+            raise QueryError("this SQL has no statement")
         answer = tables.sql(sql)
-        return answer.to_arrow_reader(ROWS) if answer else None
+        has_rows = statements[-1].expected_result_type != [duckdb.ExpectedResultType.NOTHING]
+        return answer.to_arrow_reader(ROWS) if answer and has_rows else None
     except duckdb.Error as error:
         raise QueryError(str(error).strip()) from None
 

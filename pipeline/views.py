@@ -25,6 +25,7 @@ RECORD = {
     "started": "TIMESTAMP",
     "finished": "TIMESTAMP",
     "seconds": "DOUBLE",
+    "shards_done_before": "BIGINT",
     "images": "BIGINT",
     "statuses": "MAP(VARCHAR, BIGINT)",
     "input_bytes": "BIGINT",

@@ -1,0 +1,134 @@
+"""SQL on an output: which rows the views have, what is read for them, and from where."""
+
+import shutil
+from datetime import UTC, datetime
+
+import fsspec
+import pyarrow as pa
+import pytest
+
+from jobs.bench.outputs import MASK, write_output, write_run
+from pipeline.changes import DELETIONS
+from pipeline.config import ConfigurationError, StorageSettings
+from pipeline.query import QueryError, ask, bytes_read, connect, questions
+from pipeline.seal import write_sealed
+from pipeline.storage import Store
+
+LABELS = ("sky", "road", "car")
+QUESTIONS = (
+    "SELECT status, count(*) FROM current GROUP BY 1 ORDER BY 1",
+    "SELECT name, count(*), sum(pixels), avg(confidence) FROM class_stats GROUP BY 1 ORDER BY 1",
+    "SELECT status, error, count(*) FROM failures GROUP BY ALL ORDER BY ALL",
+    "SELECT run_id, finished, images, statuses FROM runs ORDER BY 1",
+    "SELECT count(*) FROM deletions",
+    "SELECT uri, octet_length(mask) FROM segments ORDER BY 1, run_id LIMIT 5",
+)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outputs") / "masks"
+    write_output(folder, 3000, runs=3, labels=LABELS)
+    return folder
+
+
+def answers(url: str, *asked: str) -> list[list[tuple]]:
+    with connect(Store(url, StorageSettings())) as tables:
+        return [[tuple(row.values()) for row in ask(tables, sql).read_all().to_pylist()] for sql in asked]
+
+
+def test_current_has_each_image_once_as_the_run_finished_last_has_it(output):
+    ((per_run,),) = [answers(str(output), "SELECT run_id, count(*) FROM current GROUP BY 1 ORDER BY 1")]
+    assert per_run == [("night-1", 2970), ("night-3", 30)]
+    assert answers(str(output), "SELECT count(DISTINCT uri) FROM current") == [[(3000,)]]
+
+
+def test_a_run_that_is_not_finished_and_an_image_that_has_gone_are_not_current(output, tmp_path):
+    folder = tmp_path / "masks"
+    shutil.copytree(output, folder)
+    (folder / "runs/night-3/run.json").unlink()
+    uris = [
+        uri for ((uri,),) in [[row] for row in answers(str(folder), "SELECT uri FROM current ORDER BY 1 LIMIT 4")[0]]
+    ]
+    gone = [{"uri": uri, "is_gone": True, "noticed": datetime(2026, 2, 1, tzinfo=UTC)} for uri in uris[:3]]
+    back = [{"uri": uris[0], "is_gone": False, "noticed": datetime(2026, 2, 2, tzinfo=UTC)}]
+    (folder / "deletions").mkdir()
+    data = write_sealed(pa.Table.from_pylist(gone + back, DELETIONS))
+    (folder / "deletions/part-00000.parquet").write_bytes(data)
+    counts = answers(
+        str(folder),
+        "SELECT run_id, count(*) FROM current GROUP BY 1 ORDER BY 1",
+        "SELECT uri FROM deletions ORDER BY 1",
+        "SELECT count(*) FROM segments",
+    )
+    gone_of = dict.fromkeys(uris[1:3])
+    assert sum(count for _, count in counts[0]) == 3000 - len(gone_of)
+    assert "night-3" not in dict(counts[0])
+    assert counts[1] == [(uri,) for uri in sorted(gone_of)]
+    assert counts[2] == [(3060,)]
+
+
+def test_before_the_first_run_is_finished_its_rows_are_segments_and_nothing_is_current(tmp_path):
+    write_run(tmp_path, "first", 10, 0, LABELS, "s3://photos")
+    (tmp_path / "runs/first/run.json").unlink()
+    counts = answers(str(tmp_path), *(f"SELECT count(*) FROM {view}" for view in ("segments", "current", "runs")))
+    assert counts == [[(10,)], [(0,)], [(0,)]]
+
+
+def test_an_output_in_an_object_store_answers_the_same(output, bucket):
+    fsspec.filesystem("s3").put(f"{output}/", f"{bucket}/it's a%20[name]*/masks/", recursive=True)
+    assert answers(f"{bucket}/it's a%20[name]*/masks", *QUESTIONS) == answers(str(output), *QUESTIONS)
+
+
+def test_no_mask_is_read_for_a_question_on_statistics(output, bucket):
+    fsspec.filesystem("s3").put(f"{output}/", f"{bucket}/masks/", recursive=True)
+    for url in (str(output), f"{bucket}/masks"):
+        store = Store(url, StorageSettings())
+        fetched = []
+        piece = store.reader.piece
+        store.reader.piece = lambda *a, piece=piece, fetched=fetched: fetched.append(piece(*a)) or fetched[-1]
+        with connect(store) as tables:
+            for sql in QUESTIONS[:4]:
+                fetched.clear()
+                ask(tables, sql).read_all()
+                assert 0 < bytes_read(tables) < 3000 * MASK / 4
+                assert sum(len(one.data) for one in fetched) < 3000 * MASK / 3
+            ask(tables, "SELECT sum(octet_length(mask)) FROM segments").read_all()
+            assert bytes_read(tables) > 3000 * MASK * 0.9
+
+
+def test_threads_that_share_a_file_each_read_what_they_asked_for(output, bucket):
+    """DuckDB's threads seek and read in one file object, and come in between each other."""
+    fsspec.filesystem("s3").put(f"{output}/", f"{bucket}/masks/", recursive=True)
+    expected = answers(str(output), QUESTIONS[1])
+    for _ in range(5):
+        assert answers(f"{bucket}/masks", QUESTIONS[1]) == expected
+
+
+def test_wrong_sql_says_where_and_an_output_without_rows_what_to_give(output, tmp_path):
+    with connect(Store(str(output), StorageSettings())) as tables:
+        for sql, expected in [
+            ("SELECT nix FROM current", 'column "nix" not found'),
+            ("SELEC 1", 'syntax error at or near "SELEC"'),
+            ("-- nothing", "no statement"),
+        ]:
+            with pytest.raises(QueryError, match=expected):
+                ask(tables, sql)
+        assert ask(tables, "SET VARIABLE x = 3") is None
+        assert ask(tables, "SET VARIABLE x = 4; SELECT getvariable('x') AS x").read_all().to_pylist() == [{"x": 4}]
+    with pytest.raises(ConfigurationError, match="no segments are here"):
+        connect(Store(str(tmp_path), StorageSettings()))
+
+
+def test_a_query_cannot_write_to_an_object_store(output, bucket):
+    fsspec.filesystem("s3").put(f"{output}/", f"{bucket}/masks/", recursive=True)
+    with connect(Store(f"{bucket}/masks", StorageSettings())) as tables, pytest.raises(QueryError):
+        ask(tables, "COPY (SELECT 1) TO 'swath://segments/x.parquet'")
+
+
+def test_an_sql_file_is_paragraphs_whose_comments_are_titles():
+    text = "-- only a remark\n\n-- How many?\n--  And why?\nSELECT 1,\n  -- inside\n  2;\n\n\nSELECT 3"
+    assert [(one.title, one.sql) for one in questions(text)] == [
+        ("How many? And why?", "SELECT 1,\n  -- inside\n  2;"),
+        ("", "SELECT 3"),
+    ]
