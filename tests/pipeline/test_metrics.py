@@ -16,7 +16,9 @@ from pipeline.config import ConfigurationError, NightlySettings, SegmentSettings
 from pipeline.endpoint import linger, timestamp
 from pipeline.metrics import Hub, choose_port
 from pipeline.pace import EVERY, WINDOW, Pace
+from pipeline.run import IncompleteRunError, lingering
 from pipeline.schema import STATUSES
+from pipeline.stopping import StoppedError
 from pipeline.totals import Totals, count_reasons
 from tests.conftest import Quiet
 
@@ -177,6 +179,39 @@ def test_last_words_stay_for_as_long_as_asked_and_no_longer(tmp_path):
         scraped(f"http://127.0.0.1:{port}/metrics")
     linger(settings.model_copy(update={"metrics_linger": 0.0}), port, [word], Speaker())
     assert len(said) == 1
+
+
+def test_a_run_that_ends_incomplete_has_last_words_and_one_that_is_stopped_has_none():
+    values = {"input": "i", "output": "o", "checkpoint": "c", "metrics_linger": "0.2"}
+    settings, said = build(SegmentSettings, values), []
+
+    class Speaker(Quiet):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    def run(error: Exception) -> None:
+        with lingering(settings, Speaker()) as last:
+            last.metrics = [timestamp("swath_some_timestamp_seconds", "Some.", "o", 17.0)]
+            raise error
+
+    for error in (IncompleteRunError("two of four"), StoppedError(15, "stopped")):
+        with pytest.raises(type(error)):
+            run(error)
+        assert len(said) == 1
+    with lingering(settings, Speaker()):
+        pass
+    assert len(said) == 1, "a run that had nothing to do has none either"
+
+
+def test_the_hub_knows_when_a_run_of_its_output_was_last_committed(finished, tmp_path):
+    empty, hub = hub_of(tmp_path, [1]), hub_of(finished.output, [1])
+    committed = (finished.output / "runs/first/run.json").stat().st_mtime
+    limit = time.monotonic() + 10
+    while not (found := hub.metrics.last_commit.collect()[0].samples) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert found[0].labels == {"output": str(finished.output)}
+    assert found[0].value == pytest.approx(committed, abs=1)
+    assert empty.metrics.last_commit.collect()[0].samples == [], "where there is none, none is made up"
 
 
 def test_last_words_wait_for_the_port_and_a_port_that_stays_taken_is_said(monkeypatch):
