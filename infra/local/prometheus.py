@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -113,15 +114,17 @@ def wait_until_ready(server: Prometheus, process: subprocess.Popen, log: Path, s
 
 
 def install(packages: tuple[str, ...] = PACKAGES) -> None:
-    """Install what is missing. Raises RuntimeError with the remedy where that is not for us to do."""
+    """Install what is missing, but no service. Raises RuntimeError with the remedy where that is not for us to do."""
     command = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages]
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise RuntimeError(f"prometheus is not installed: sudo apt-get install {' '.join(packages)}")
+        raise RuntimeError(f"not installed: {', '.join(packages)}; sudo apt-get install {' '.join(packages)}")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for step in (["apt-get", "update", "-qq"], command):
         done = subprocess.run(step, check=False, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(step)} failed: {done.stderr.strip()[-300:]}")
+    if shutil.which("systemctl"):  # Debian's packages start services of their own, on all addresses
+        subprocess.run(["systemctl", "disable", "--now", *packages], check=False, env=environment, capture_output=True)
 
 
 def watch(port: int, target: int, command: list[str]) -> int:

@@ -50,10 +50,14 @@ PACKAGES = {"prometheus": "prometheus", "promtool": "prometheus", "amtool": "pro
 GRAFANA = {"@grafana/schema": "12.3.0", "typescript": "5.9.3"}
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def tools() -> None:
     """Debian's packages, installed where they are missing."""
-    missing = {package for program, package in PACKAGES.items() if not shutil.which(program)}
+    install_missing(PACKAGES)
+
+
+def install_missing(programs: dict[str, str]) -> None:
+    missing = {package for program, package in programs.items() if not shutil.which(program)}
     try:
         if missing:
             install(tuple(missing))
@@ -189,7 +193,7 @@ def monitor(*command: str, **options: Any) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_monitor_ends_what_it_started(number, tmp_path):
+def test_the_monitor_ends_what_it_started(tools, number, tmp_path):
     command = [sys.executable, "-c", "import os, time; print(os.getppid(), os.getpid(), flush=True); time.sleep(60)"]
     with monitor(*command, env=os.environ | {"TMPDIR": str(tmp_path)}) as process:
         page = process.stdout.readline().split()[-1]
@@ -206,7 +210,7 @@ def test_the_monitor_ends_what_it_started(number, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_page_stays_when_the_command_has_ended():
+def test_the_page_stays_when_the_command_has_ended(tools):
     with monitor("true") as process:
         said = [process.stdout.readline() for _ in range(4)]
         assert said[0] == said[2]
@@ -220,7 +224,7 @@ def test_a_monitor_without_prometheus_says_what_to_install(tmp_path):
     with monitor("true", env={"PATH": str(tmp_path)}) as process:
         _, said = process.communicate()
     assert process.returncode == 1
-    assert said == "monitor: prometheus is not installed: sudo apt-get install prometheus\n"
+    assert said == "monitor: not installed: prometheus; sudo apt-get install prometheus\n"
 
 
 def test_totals_at_the_end_are_the_rows_of_the_table(watched):
@@ -272,7 +276,7 @@ def test_a_commit_and_a_night_that_finds_nothing_new_are_known_afterwards(watche
     assert sum("the last metrics stay at" in line for line in watched.lines) == 2
 
 
-def test_names_and_units_are_as_prometheus_wants_them():
+def test_names_and_units_are_as_prometheus_wants_them(tools):
     registry = CollectorRegistry()
     Metrics(registry)
     text = prometheus_client.generate_latest(registry).decode()
@@ -295,7 +299,7 @@ def test_no_query_asks_for_a_name_that_is_nowhere():
     assert set().union(*map(names_in, texts)) <= known | set(RECORDED)
 
 
-def test_rules_and_configurations_are_clean():
+def test_rules_and_configurations_are_clean(tools):
     assert "0 rules" not in said_by("promtool", "check", "rules", str(MONITORING / "rules.yaml"))
     said_by("promtool", "check", "config", str(MONITORING / "prometheus.yaml"))
     said_by("amtool", "check-config", str(MONITORING / "alertmanager.example.yaml"))
@@ -303,7 +307,7 @@ def test_rules_and_configurations_are_clean():
         assert not re.search(r"(secret|password|token)\s*:|hooks\.slack", path.read_text() if path.is_file() else "")
 
 
-def test_each_alert_comes_in_its_trouble_and_none_in_a_healthy_run():
+def test_each_alert_comes_in_its_trouble_and_none_in_a_healthy_run(tools):
     said_by("promtool", "test", "rules", *map(str, CASES))
     cases = [case for path in CASES for case in yaml.safe_load(path.read_text())["tests"]]
     assert {case["alertname"] for case in cases[0]["alert_rule_test"]} == set(ALERTS)
@@ -312,7 +316,7 @@ def test_each_alert_comes_in_its_trouble_and_none_in_a_healthy_run():
     assert fired == set(ALERTS)
 
 
-def test_alerts_that_come_too_late_fail_their_cases(tmp_path):
+def test_alerts_that_come_too_late_fail_their_cases(tools, tmp_path):
     rules = yaml.safe_load((MONITORING / "rules.yaml").read_text())
     for rule in rules["groups"][0]["rules"]:
         if "alert" in rule:
@@ -339,9 +343,7 @@ def grafana_types(tmp_path_factory: pytest.TempPathFactory) -> Path:
     versions = "-".join(GRAFANA.values())
     folder = Path(os.environ.get("VIRTUAL_ENV") or ROOT / ".venv") / f"grafana-types-{versions}"
     if not (folder / "node_modules/.bin/tsc").exists():
-        if not shutil.which("npm"):
-            why = "npm is not here, with which Grafana's types are installed: apt-get install npm"
-            pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
+        install_missing({"npm": "npm"})
         made = tmp_path_factory.mktemp("npm", numbered=True)
         packages = [f"{name}@{version}" for name, version in GRAFANA.items()]
         command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent", *packages]
