@@ -3,12 +3,15 @@
 A metric that is misspelt in a rule, an alert or a panel has no data there, and is in no list of names.
 """
 
+import contextlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,7 +29,6 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from infra.local.prometheus import GRAPHS, Prometheus, install, prometheus
-from infra.local.s3_server import free_port
 from pipeline.config import SegmentSettings
 from pipeline.metrics import LAST_COMMIT, NIGHTLY, Metrics
 from pipeline.nightly import nightly
@@ -72,6 +74,13 @@ def said_by(*command: str, given: str = "", code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def port_of_nobody() -> int:
+    """A port that stays free until the run has come to it: none that the system gives to whoever asks for any."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(21_000, 32_000))) as one:
+            return one.getsockname()[1]
+
+
 @dataclass(frozen=True)
 class Watched:
     """A Prometheus, and what it has watched: a run, and a night that found nothing new."""
@@ -102,7 +111,7 @@ class Watched:
 def watched(tools: None, tmp_path_factory: pytest.TempPathFactory, checkpoint: str) -> Iterator[Watched]:
     """A run whose device sleeps, so that it lasts for a dozen scrapes, and whose totals stay for another few."""
     folder = tmp_path_factory.mktemp("watched")
-    images, output, port = folder / "images", folder / "masks", free_port()
+    images, output, port = folder / "images", folder / "masks", port_of_nobody()
     output.mkdir()
     (output / "pace").write_text(str(PACE))
     for number in range(IMAGES):
@@ -125,7 +134,10 @@ def watched(tools: None, tmp_path_factory: pytest.TempPathFactory, checkpoint: s
         metrics_port=port,
         metrics_linger=3,
     )
-    with pytest.MonkeyPatch.context() as patch, prometheus(folder / "tsdb", f"127.0.0.1:{port}", free_port()) as server:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        prometheus(folder / "tsdb", f"127.0.0.1:{port}", port_of_nobody()) as server,
+    ):
         patch.delenv("RAY_ADDRESS", raising=False)
         began = time.time()
         result = segment(settings, Listener(), Sleeper)
@@ -186,7 +198,7 @@ def test_the_page_of_the_monitor_asks_for_what_is_there(watched):
 
 
 def monitor(*command: str, **options: Any) -> subprocess.Popen:
-    program = [sys.executable, str(ROOT / "infra/local/prometheus.py"), "--port", str(free_port())]
+    program = [sys.executable, str(ROOT / "infra/local/prometheus.py"), "--port", str(port_of_nobody())]
     return subprocess.Popen(
         [*program, "--", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
