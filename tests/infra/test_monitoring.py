@@ -307,6 +307,8 @@ def test_no_query_asks_for_a_name_that_is_nowhere():
     for query in (*RECORDED.values(), *ALERTS.values(), *GRAPHS, *(query for _, query in QUERIES)):
         assert names_in(query), query
         assert names_in(query) <= known | set(RECORDED), query
+    asked = [*RECORDED.values(), *ALERTS.values(), *GRAPHS, *(query for _, query in QUERIES)]
+    assert set(RECORDED) <= set().union(*map(names_in, asked)), "nothing is recorded that nobody asks for"
     texts = [text for rule in RULES for text in rule.get("annotations", {}).values()]
     assert set().union(*map(names_in, texts)) <= known | set(RECORDED)
 
