@@ -6,13 +6,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 SOURCES := pyproject.toml constraints.txt $(wildcard model/native/*.cpp model/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format chaos s3 weights bench bench-model clean
+.PHONY: help demo monitor test check format chaos s3 weights bench bench-model clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/installed  ## Draw a small collection, segment it here, show the table, a query and a picture
 	$(BIN)/swath demo .demo
+
+monitor: .venv/installed  ## Watch a demo in a real Prometheus (installed with apt where it is missing) until Ctrl-C
+	$(BIN)/python infra/local/prometheus.py --target 9096 -- \
+	  $(BIN)/swath demo .demo --images 200 --metrics-port 9096 --metrics-linger 5
 
 test: .venv/developing  ## Run every test, on a real Ray and a real S3 server (installed with apt where it is missing)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

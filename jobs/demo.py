@@ -13,14 +13,14 @@ from pathlib import Path
 import duckdb
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from jobs.display import Display, example_query, print_record, segment_files
 from jobs.scenes.draw import CLASSES, PALETTE, TRAINING_SEEDS, draw_scene
 from model.labels import label_set
-from pipeline.config import ConfigurationError, SegmentSettings, option
+from pipeline.config import ConfigurationError, MetricsSettings, SegmentSettings, option
 from pipeline.masks import decode_mask, overlay
 
 WEIGHTS = Path(__file__).parent / "scenes" / "weights"
@@ -38,10 +38,8 @@ SUFFIXES = ("jpg", "png", "webp")
 MARKER = ".swath-demo"  # in a folder that the demo made, and may therefore remove
 
 
-class DemoSettings(BaseModel):
+class DemoSettings(MetricsSettings):
     """What `swath demo` needs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: str = Field("swath-demo", description="where images, masks and the picture go (default: swath-demo)")
     images: int = option(48, "scenes to draw", "Demo", "N")
@@ -59,7 +57,14 @@ def run(settings: DemoSettings) -> int:
         raise ConfigurationError(f"images: must be from 1 to {TRAINING_SEEDS:,} (got {settings.images})")
     folder = fresh_folder(Path(settings.folder))
     scenes = draw_collection(folder / "images", settings.images)
-    job = SegmentSettings(input=(str(folder / "images"),), output=str(folder / "masks"), checkpoint=str(WEIGHTS))
+    job = SegmentSettings(
+        input=(str(folder / "images"),),
+        output=str(folder / "masks"),
+        checkpoint=str(WEIGHTS),
+        metrics_host=settings.metrics_host,
+        metrics_port=settings.metrics_port,
+        metrics_linger=settings.metrics_linger,
+    )
     with Display() as display:
         display.say(f"{len(scenes)} scenes and 5 files that are none in {folder / 'images'}")
         result = segment(job, display)

@@ -209,6 +209,12 @@ def runs(output: Store) -> list[Run]:
     return [Run(output, name) for name in output.names("runs")]
 
 
+def last_commit(output: Store) -> float:
+    """When the run finished last was committed, in seconds since 1970 by the store's clock; 0 where none is."""
+    with ThreadPoolExecutor(FOOTERS) as pool:
+        return max(pool.map(lambda run: output.changed(run.record_name), runs(output)), default=0.0)
+
+
 def unfinished(output: Store, origin: Origin) -> Run | None:
     """The run that was begun from the same origin and not completed, if there is one."""
     for run in runs(output):

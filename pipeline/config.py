@@ -215,7 +215,35 @@ class PlanSettings(IndexSettings):
         }
 
 
-class WorkerSettings(ReadingSettings):
+class MetricsSettings(BaseModel):
+    """Where Prometheus finds a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metrics_host: str = option("127.0.0.1", "address that the metrics endpoint binds to", "Metrics", "HOST")
+    metrics_port: int = option(0, "port of the metrics endpoint (default: 0, any free one)", "Metrics", "PORT")
+    metrics_linger: float = option(
+        0,
+        "seconds that the last metrics stay there when a run has ended, so that its totals are scraped: two of "
+        "Prometheus' scrape intervals or more (default: 0)",
+        "Metrics",
+        "N",
+    )
+
+    @field_validator("metrics_port")
+    @classmethod
+    def _port(cls, value: int) -> int:
+        if not 0 <= value <= 65535:
+            raise ValueError("must be from 0 to 65535")
+        return value
+
+    @field_validator("metrics_linger")
+    @classmethod
+    def _linger(cls, value: float) -> float:
+        return seconds(value)
+
+
+class WorkerSettings(ReadingSettings, MetricsSettings):
     """The machines that segment."""
 
     grace: float = option(
@@ -267,8 +295,6 @@ class WorkerSettings(ReadingSettings):
         "Workers",
         "N",
     )
-    metrics_host: str = option("127.0.0.1", "address that the metrics endpoint binds to", "Metrics", "HOST")
-    metrics_port: int = option(0, "port of the metrics endpoint (default: 0, any free one)", "Metrics", "PORT")
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -298,13 +324,6 @@ class WorkerSettings(ReadingSettings):
     def _gpus(cls, value: float | None) -> float | None:
         if value is not None and value < 0:
             raise ValueError("must be 0 or more")
-        return value
-
-    @field_validator("metrics_port")
-    @classmethod
-    def _port(cls, value: int) -> int:
-        if not 0 <= value <= 65535:
-            raise ValueError("must be from 0 to 65535")
         return value
 
 

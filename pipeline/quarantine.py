@@ -34,7 +34,9 @@ class Report:
     """What a road apart has to say of its images together."""
 
     batches: list[int]
+    fills: list[tuple[int, int]]
     halved: list[int]
+    misfits: list[int]
     seconds: dict[tuple[str, str], float]  # by stage and state
     fetched: bool
     failure: str | None
@@ -73,7 +75,9 @@ class Quarantine:
     def note(self, shard: Shard, report: Report) -> None:
         """Have the shard's own numbers grow by those of a road apart."""
         shard.batches += report.batches
+        shard.fills += report.fills
         shard.halved += report.halved
+        shard.misfits += report.misfits
         shard.fetched |= report.fetched
         if report.failure:
             shard.failure = OSError(report.failure)
@@ -93,7 +97,8 @@ def outcomes(road: Sender, images: Sequence[PlannedImage]) -> Iterator[Word]:
     shard = road.send(images)
     yield from shard.outcomes()
     failure = reason(shard.failure) if shard.failure else None
-    yield None, Report(shard.batches, shard.halved, shard.clock.seconds, shard.fetched, failure, take_retries())
+    numbers = shard.batches, shard.fills, shard.halved, shard.misfits
+    yield None, Report(*numbers, shard.clock.seconds, shard.fetched, failure, take_retries())
 
 
 class Turns:

@@ -76,7 +76,11 @@ class Shard:
     fetched: bool = False  # whether any object could be read
     failure: BaseException | None = None  # the store's, of an object that could not
     batches: list[int] = field(default_factory=list)  # images in each that the network has seen
+    fills: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # images or windows in them, and how many would fill them
     halved: list[int] = field(default_factory=list)  # images or windows in each that was too large for its memory
+    misfits: list[int] = field(default_factory=list)  # the same of each time that there was not enough memory
     results: queue.SimpleQueue[tuple[int, Outcome]] = field(default_factory=queue.SimpleQueue)
 
     def outcomes(self) -> Iterator[tuple[int, Outcome]]:
@@ -352,7 +356,7 @@ class Road:
         images, sizes = pixels_and_sizes(some)
         held = self.predictor.activations(len(some) * height * width, sum(map(math.prod, sizes)))
         self.activations = max(self.activations, held)
-        return self.run(some, bucket, len(some), lambda: self.predictor(np.stack(images), sizes))
+        return self.run(some, bucket, len(some), len(some), lambda: self.predictor(np.stack(images), sizes))
 
     def unscaled(self, items: list[Item], bucket: str) -> int:
         """The same of images that it sees through windows of the bucket's size."""
@@ -365,20 +369,24 @@ class Road:
         batch = min(windows, self.predictor.full_batch(batch_size(height, width, self.batch_pixels)), most or windows)
         held = self.predictor.activations_through_windows(sizes, tiling, batch)
         self.activations = max(self.activations, held)
-        return self.run(some, bucket, batch, lambda: self.predictor.through_windows(images, tiling, batch))
+        return self.run(some, bucket, windows, batch, lambda: self.predictor.through_windows(images, tiling, batch))
 
-    def run(self, items: list[Item], bucket: str, batch: int, network: Callable[[], list[Segmentation]]) -> int:
-        """Have the network see these images, so many of them or of their windows at once; with how many it is done.
+    def run(
+        self, items: list[Item], bucket: str, inputs: int, batch: int, network: Callable[[], list[Segmentation]]
+    ) -> int:
+        """Have the network see these images, which make so many inputs, in batches; with how many it is done.
 
         A batch that does not fit into the device's memory is halved, and no later one of the bucket is larger. One
         that cannot be halved is tried a few times, as others may have the memory for the moment, and then has failed.
         """
         job, is_least = items[0].job, batch == len(items) == 1
         is_ready, started = self.predictor.is_ready_for((batch, *bucket_size(bucket), 3)), time.perf_counter()
-        if found := within_memory(network, PAUSES if is_least else ()):
+        if found := within_memory(network, PAUSES if is_least else (), lambda: job.misfits.append(batch)):
             for item, segmentation in zip(items, found, strict=True):
                 item.pixels, item.found = None, segmentation
+            full = self.predictor.full_batch(batch_size(*bucket_size(bucket), self.batch_pixels))
             job.batches.append(len(items))
+            job.fills.append((inputs, max(inputs, math.ceil(inputs / batch) * full)))
             if not is_ready:  # a part of the stage's time that is worth knowing
                 job.clock.add("compile", "busy", time.perf_counter() - started)
         elif is_least:
@@ -434,14 +442,20 @@ def pixels_and_sizes(items: list[Item]) -> tuple[list[np.ndarray], list[tuple[in
     return images, [(outcome.height or 0, outcome.width or 0) for _, outcome in found if outcome]
 
 
-def within_memory(network: Callable[[], list[Segmentation]], pauses: Sequence[float]) -> list[Segmentation]:
-    """What the network says, asked again after each of `pauses` (seconds); nothing when it never had the memory."""
+def within_memory(
+    network: Callable[[], list[Segmentation]], pauses: Sequence[float], note: Callable[[], None]
+) -> list[Segmentation]:
+    """What the network says, asked again after each of `pauses` (seconds); nothing when it never had the memory.
+
+    `note` is called each time that it has not.
+    """
     for pause in (*pauses, 0):
         try:
             return network()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            note()
         torch.cuda.empty_cache()  # not above: the error still held what had been computed
         time.sleep(pause)
     return []

@@ -21,6 +21,7 @@ import ray
 import ray.exceptions
 import torch
 from fsspec.utils import get_protocol
+from prometheus_client import Metric
 
 from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, model_version
 from model.predictor import EngineError, choose_engine
@@ -41,11 +42,12 @@ from pipeline.cluster import (
 from pipeline.commit import Contents, Run, unfinished
 from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
 from pipeline.decoders import start_decoders
+from pipeline.endpoint import linger
 from pipeline.filesystems import is_plain, open_filesystem, public_url, storage_options
 from pipeline.index import update_index
 from pipeline.inputs import summary
 from pipeline.lease import HeldError, Lease
-from pipeline.metrics import choose_port, start_hub
+from pipeline.metrics import choose_port, committed, start_hub
 from pipeline.plan import Origin, Plan, make_plan, most_work_first
 from pipeline.policy import parse_policy
 from pipeline.seal import sealed
@@ -125,11 +127,11 @@ def do_run(
     listener: Listener,
     worker: type[Segmenter],
 ) -> Result:
-    """Do the run of this origin, as it was planned, or as `new_plan` says.
+    """Do the run of this origin, as it was planned, or as `new_plan` says; then its last metrics stay for a while.
 
     Raises `HeldError` before any work, `StoppedError` and `IncompleteRunError` after all that could be done.
     """
-    with contextlib.ExitStack() as held:
+    with lingering(settings, listener) as last, contextlib.ExitStack() as held:
         run = find_run(settings, output, origin, listener)
         was_planned = bool(plan := run.contents())
         if not plan:
@@ -146,8 +148,31 @@ def do_run(
             return Result(record, is_new=False, was_planned=True)
         lease = held.enter_context(run.lease())
         started = time.time()
-        stretch = segment_shards(settings, checkpoint, run, plan, lease, listener, worker)
-        return Result(commit(settings, checkpoint, run, plan, started, stretch), True, was_planned)
+        stretch = segment_shards(settings, checkpoint, run, plan, lease, listener, worker, last)
+        record = commit(settings, checkpoint, run, plan, started, stretch)
+        last.metrics.append(committed(output.url, time.time()))
+        return Result(record, True, was_planned)
+
+
+@dataclass
+class LastMetrics:
+    """What a run's metrics were when its workers were done, and where they were served."""
+
+    port: int
+    metrics: list[Metric] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def lingering(settings: SegmentSettings, listener: Listener) -> Iterator[LastMetrics]:
+    """A block after which a run's last metrics stay for a while, unless it was stopped or had nothing to do."""
+    last = LastMetrics(settings.metrics_port)
+    try:
+        yield last
+    except IncompleteRunError:
+        linger(settings, last.port, last.metrics, listener)
+        raise
+    if last.metrics:
+        linger(settings, last.port, last.metrics, listener)
 
 
 def origin_of(settings: PlanSettings, version: str) -> Origin:
@@ -277,8 +302,12 @@ def segment_shards(
     lease: Lease,
     listener: Listener,
     worker: type[Segmenter],
+    last: LastMetrics,
 ) -> Stretch:
-    """Have the workers do every shard that is not there yet. Raises `StoppedError`, `IncompleteRunError`."""
+    """Have the workers do every shard that is not there yet; `last` hears of the metrics.
+
+    Raises `StoppedError`, `IncompleteRunError`.
+    """
     images, shards, version = sum(plan.images), len(plan.images), plan.origin.model_version
     done = run.done()
     todo = most_work_first(sorted(set(range(shards)) - set(done)), plan.work)
@@ -287,11 +316,13 @@ def segment_shards(
     if not todo:
         return Stretch(len(done))
     with ray_session(settings), until_asked_to_end() as request:
-        hub = start_hub(settings, run.id, version, images, shards, choose_port(settings))
+        last.port = choose_port(settings)
+        hub = start_hub(settings, run.id, version, plan.images, plan.work, last.port)
         errors: list[str] = []
         with ending_quietly(request), ending(hub, lease, request, settings.grace, listener):
             errors += do_shards(settings, checkpoint, run, version, todo, images, hub, request, listener, worker)
         stretch = Stretch(len(done), ray.get(hub.worker_memory.remote()), ray.get(hub.retries.remote()))
+        last.metrics = ray.get(hub.last_words.remote())
     lease.check()
     missing = sorted(set(range(shards)) - set(run.done()))
     if missing and request.number:

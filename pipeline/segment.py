@@ -112,7 +112,7 @@ class Segmenter:
     def live(self) -> None:
         """Have the hub hear of this worker for as long as it lives."""
         while True:
-            self.hub.worker_lives.remote(self.worker)
+            self.hub.worker_lives.remote(self.worker, device_memory() if self.job.gpus else (0, 0, 0))
             time.sleep(BEAT)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -228,16 +228,23 @@ class Segmenter:
     def summarise(self, sent: Shard, outcomes: list[Outcome]) -> Totals:
         segmentations = [outcome.segmentation for outcome in outcomes if outcome.segmentation]
         pixels = np.sum([found.pixels for found in segmentations], axis=0, initial=0) + np.zeros(len(self.labels), int)
+        sizes: Counter[str] = Counter()
+        for image, outcome in zip(sent.images, outcomes, strict=True):
+            sizes[outcome.status] += image.bytes
         present = np.sum([found.pixels > 0 for found in segmentations], axis=0, initial=0) + np.zeros_like(pixels)
         busy, starved, blocked = (sent.clock.of(state) for state in STATES)
         return Totals(
             images=len(sent.images),
             statuses=dict(Counter(outcome.status for outcome in outcomes)),
             engines={str(self.predictor): len(segmentations)},
-            input_bytes=sum(image.bytes for image in sent.images),
+            input_bytes=sizes.total(),
+            status_bytes=dict(sizes),
             output_bytes=sum(len(outcome.mask or b"") for outcome in outcomes),
             pixels=int(pixels.sum()),
             batches=len(sent.batches),
+            batch_inputs=sum(inputs for inputs, _ in sent.fills),
+            batch_places=sum(places for _, places in sent.fills),
+            out_of_memory=len(sent.misfits),
             halvings=len(sent.halved),
             stage_seconds=busy,
             starved_seconds=starved,
@@ -260,6 +267,13 @@ def check_rows(shard: int, images: Sequence[PlannedImage], planned: int) -> None
 def road_of(worker: type[Segmenter], job: Job, checkpoint: Checkpoint) -> Road:
     """The road of a worker that has nothing else to do."""
     return worker(job, checkpoint, None).road
+
+
+def device_memory() -> tuple[int, int, int]:
+    """Bytes of the GPU's memory: in use, by whomever; the most that has been, as far as this process knows; all."""
+    free, size = torch.cuda.mem_get_info()
+    others = size - free - torch.cuda.memory_reserved()
+    return size - free, others + torch.cuda.max_memory_reserved(), size
 
 
 def resident_memory(kind: str) -> int:

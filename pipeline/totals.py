@@ -26,11 +26,15 @@ class Totals:
     images: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
     input_bytes: int = 0
+    status_bytes: dict[str, int] = field(default_factory=dict)  # the same by what became of the images
     output_bytes: int = 0  # of the masks
     pixels: int = 0  # of the masks
     engines: dict[str, int] = field(default_factory=dict)  # images that the network saw, by engine and precision
     batches: int = 0
-    halvings: int = 0  # of batches that were too large for the device's memory
+    batch_inputs: int = 0  # images, or windows of large ones, that the network saw in them
+    batch_places: int = 0  # how many would have filled them
+    out_of_memory: int = 0  # times that a batch did not fit the device's memory
+    halvings: int = 0  # of batches as they did not
     quarantined: int = 0  # shards that were done apart, as they had ended their workers
     stage_seconds: dict[str, float] = field(default_factory=dict)  # at work, summed over threads
     starved_seconds: dict[str, float] = field(default_factory=dict)  # the same, waiting for something to do

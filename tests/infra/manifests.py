@@ -33,10 +33,27 @@ def closed(**properties: Any) -> dict[str, Any]:
 
 
 NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+TEXT = {"type": "string"}
+ALERT = {  # of a PrometheusRule; what promtool says of its expressions, the tests of infra/monitoring ask
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["alert", "expr", "labels", "annotations"],
+    "properties": {
+        "alert": TEXT,
+        "expr": TEXT,
+        "for": {"type": "string", "pattern": r"^\d+m$"},
+        "labels": LABELS,
+        "annotations": closed(summary=TEXT, description=TEXT),
+    },
+}
+RULES = {"type": "array", "items": {"anyOf": [closed(record=TEXT, expr=TEXT), ALERT]}}
 OTHERS = {  # of what is no part of Kubernetes, what we use; from the documentation of each
     ("monitoring.coreos.com/v1", "PodMonitor"): closed(
         selector=closed(matchLabels=LABELS),
         podMetricsEndpoints={"type": "array", "items": closed(port={"type": "string"}, interval={"type": "string"})},
+    ),
+    ("monitoring.coreos.com/v1", "PrometheusRule"): closed(
+        groups={"type": "array", "items": closed(name=TEXT, rules=RULES)},
     ),
 }
 KUSTOMIZATION = {

@@ -116,6 +116,16 @@ def test_metrics_are_scraped_where_pods_serve_them():
         assert group["template"]["metadata"]["labels"].items() >= monitor["spec"]["selector"]["matchLabels"].items()
         served |= {port["name"] for port in group["template"]["spec"]["containers"][0]["ports"]}
     assert ports <= served
+    (interval,) = {endpoint["interval"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+    for job in jobs():
+        _, _, settings = read_command(shlex.split(job["entrypoint"])[4:])
+        assert settings.metrics_linger >= 2 * int(interval.removesuffix("s")), "or the totals are not seen"
+
+
+def test_the_operator_has_the_rules_of_every_prometheus():
+    (rule,) = found("PrometheusRule")
+    rules = yaml.safe_load((ROOT / "infra/monitoring/rules.yaml").read_text())
+    assert rule["spec"] == rules, "copy infra/monitoring/rules.yaml to prometheus-rule.yaml, below spec"
 
 
 def test_gpu_workers_come_from_zero_and_nobody_is_root_or_carries_a_secret():

@@ -143,7 +143,7 @@ def test_a_road_apart_reports_what_a_shard_counts(tmp_path):
 
 def hub_of(output: Path, checkpoint: str) -> Hub:
     settings = SegmentSettings(input=str(output), output=str(output), checkpoint=checkpoint)
-    return Hub(settings, "r", "v", 12, 3, choose_port(settings), 1.7e9)
+    return Hub(settings, "r", "v", [4, 4, 4], [8, 8, 8], choose_port(settings), 1.7e9)
 
 
 def test_the_hub_knows_how_many_workers_a_shard_has_ended(checkpoint, tmp_path):

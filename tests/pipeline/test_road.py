@@ -197,8 +197,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_what_fits_is_remembered(tmp_pat
         results[most] = [outcome.mask for _, outcome in sorted(shard.outcomes(), key=lambda pair: pair[0])]
         assert sum(map(len, device.batches)) == sum(shard.batches) == 44
         if most == 3:
-            assert device.full == shard.halved == [8, 4, 4]  # twice for one bucket, once for the other
+            assert device.full == shard.halved == shard.misfits == [8, 4, 4]  # twice for one bucket, once for the other
             assert road.fitting == {"64x64": 2, "64x128": 2}
+        fills = [(2, 8)] * 20 + [(2, 4)] * 2 if most == 3 else [(8, 8)] * 5 + [(4, 4)]
+        assert sorted(shard.fills) == sorted(fills), "of what the device is meant to take at once"
         road.close()
     assert results[3] == results[8]
 
@@ -217,7 +219,7 @@ def test_an_image_that_does_not_fit_even_alone_is_a_row_that_says_so(tmp_path, m
     assert found[5].status == "failed"
     assert "does not fit the device's memory at 64x64, even alone" in found[5].error
     assert (found[5].width, found[5].height, found[5].mask) == (64, 64, None)
-    assert device.full == [8, 4, 2, 1, 1, 1]
+    assert device.full == shard.misfits == [8, 4, 2, 1, 1, 1]
     assert shard.halved == [8, 4, 2]
     assert road.gate.held == 0
 
@@ -301,6 +303,7 @@ def test_native_images_keep_their_pixels_and_fill_batches_with_windows(tmp_path,
         assert (decode_mask(outcome.mask) == expected.mask).mean() > 0.999
     assert [outcome.bucket for outcome in found] == ["64x64"] * 8 + ["32x64", "32x32"]
     assert sorted(shard.batches) == [1, 1, 1, 1, 1, 5]  # 150x200 is 4x6 windows: a batch by itself
+    assert sorted(shard.fills) == [(1, 48), (1, 96), (5, 24), (24, 24), (24, 24), (24, 24)]
     assert road.gate.held == 0
 
 
