@@ -73,7 +73,7 @@ def documents() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def faults(document: dict[str, Any]) -> list[str]:
     """What is wrong with a manifest."""
-    return [*schema_faults(document), *misnamed(document)]
+    return [*schema_faults(document), *misnamed(document), *refused(document)]
 
 
 def schema_faults(document: dict[str, Any]) -> list[str]:
@@ -111,6 +111,15 @@ def misnamed(node: Any, place: str = "$") -> Iterator[str]:
             yield from misnamed(one, f"{place}.{name}")
             if name in KNOWN and isinstance(one, dict):
                 yield from (f"{place}.{name}: no {other} is known" for other in one if other not in KNOWN[name])
+
+
+def refused(document: dict[str, Any]) -> list[str]:
+    """What KubeRay's operator does not do though its schema has it, as it says when it sees the job."""
+    spec = document.get("spec") or {}
+    job = spec.get("jobTemplate", spec) if document.get("kind") in ("RayJob", "RayCronJob") else {}
+    if "clusterSelector" in job and job.get("backoffLimit"):  # older ones delete that cluster, to try on another
+        return ["backoffLimit is incompatible with clusterSelector"]
+    return []
 
 
 def said_by(validator: jsonschema.Draft7Validator, document: dict[str, Any]) -> list[str]:

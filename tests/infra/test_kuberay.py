@@ -57,6 +57,14 @@ def test_a_value_of_the_wrong_kind_is_found(name):
     assert faults(document)
 
 
+def test_no_job_on_the_standing_cluster_is_tried_again_by_kuberay():
+    for job in found("RayJob") + found("RayCronJob"):
+        assert faults(job) == []
+        again = copy.deepcopy(job)
+        again["spec"].get("jobTemplate", again["spec"])["backoffLimit"] = 3
+        assert faults(again) == ["backoffLimit is incompatible with clusterSelector"]
+
+
 def found(kind: str) -> list[dict[str, Any]]:
     return [document for document in DOCUMENTS.values() if document["kind"] == kind]
 
