@@ -296,8 +296,8 @@ class WorkerSettings(ReadingSettings):
     @field_validator("gpus_per_worker")
     @classmethod
     def _gpus(cls, value: float | None) -> float | None:
-        if value is not None and value < 0:
-            raise ValueError("must be 0 or more")
+        if value is not None and not 0 <= value <= 1 and not (value > 1 and value.is_integer()):
+            raise ValueError("must be 0 or more, and whole above 1, as Ray gives no worker one GPU and a half")
         return value
 
     @field_validator("metrics_port")
