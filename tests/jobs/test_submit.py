@@ -106,6 +106,7 @@ def test_what_is_wrong_is_said_at_once_with_exit_code_2_and_nothing_is_sent(capf
         ([*nowhere, "--", *segment, "--ray-address", "auto"], "--ray-address stands before --"),
         ([*nowhere, "--env", "SWATH_TEST_UNSET", "--", *segment], "SWATH_TEST_UNSET is not set here"),
         ([*nowhere, "--env", "=canary", "--", *segment], "expected NAME or NAME=VALUE"),
+        ([*nowhere, "--submission-id", "a night/../x", "--", *segment], "submission_id: use letters, digits, - and _"),
         (["submit", "--ray-address", "head:6379", "--", *segment], "(http://HEAD:8265) (got 'head:6379')"),
         (nowhere, "command is missing"),
     ]:
