@@ -182,7 +182,8 @@ def size_workers(settings: WorkerSettings, shards: int) -> Workers:
     if gpus is None:
         gpus = float(cluster_gpus > 0 and settings.engine != "native")
     free = max(1, cluster_cpus - 1 - settings.decoders)  # one CPU is left for Ray itself
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in alive if node.get("CPU", 0)] or alive  # a head often has none, and so no worker either
     if gpus:
         cpus = min((gpu_share(node, gpus) for node in nodes if node.get("GPU", 0) >= gpus), default=1)
     else:
