@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
         ({"CPU": 16, "GPU": 1}, 1, 15),
         ({"CPU": 16, "GPU": 4}, 1, 3),
         ({"CPU": 16, "GPU": 1}, 0.5, 7),
+        ({"CPU": 16, "GPU": 4}, 0.6, 3),
         ({"GPU": 1}, 1, 0),
     ],
 )
@@ -46,6 +47,14 @@ def test_a_head_without_cpus_makes_no_worker_smaller(monkeypatch):
     assert workers.memory == 2 << 30
     del hosts[1:]
     assert size_workers(settings, shards=100).cpus == 1, "of nodes that are still to come nothing is known"
+
+
+def test_no_worker_has_parts_of_two_gpus(monkeypatch):
+    hosts = [{"CPU": 8.0, "GPU": 2.0, "memory": 64 << 30}] * 2
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": host} for host in hosts])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 4.0})
+    settings = SegmentSettings(input="in", output="out", checkpoint="c", ray_address="head:6379", gpus_per_worker=0.4)
+    assert size_workers(settings, shards=100).first == 8, "two on each GPU, not ten in all"
 
 
 def test_the_memory_for_images_is_a_part_of_the_smallest_share():
