@@ -182,7 +182,8 @@ def size_workers(settings: WorkerSettings, shards: int) -> Workers:
     if gpus is None:
         gpus = float(cluster_gpus > 0 and settings.engine != "native")
     free = max(1, cluster_cpus - 1 - settings.decoders)  # one CPU is left for Ray itself
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in alive if node.get("CPU", 0)] or alive  # a head often has none, and so no worker either
     if gpus:
         cpus = min((gpu_share(node, gpus) for node in nodes if node.get("GPU", 0) >= gpus), default=1)
     else:
@@ -190,7 +191,7 @@ def size_workers(settings: WorkerSettings, shards: int) -> Workers:
     if not ray_address(settings):
         cpus = min(cpus, free)
     cpus = settings.cpus_per_worker or max(1, cpus)
-    room = max(1, int(cluster_gpus / gpus) if gpus else free // cpus)
+    room = max(1, sum(fitting(node.get("GPU", 0), gpus) for node in nodes) if gpus else free // cpus)
     if not ray_address(settings) and not any(
         node.get("CPU", 0) - settings.decoders >= cpus and node.get("GPU", 0) >= gpus for node in nodes
     ):
@@ -211,7 +212,12 @@ def size_workers(settings: WorkerSettings, shards: int) -> Workers:
 
 def gpu_share(node: dict[str, float], gpus: float) -> int:
     """CPUs of a node, but for one that is left to Ray, for each worker with so many GPUs that fits on it."""
-    return int(node.get("CPU", 1) - 1) // max(1, int(node["GPU"] / gpus))
+    return int(node.get("CPU", 1) - 1) // max(1, fitting(node["GPU"], gpus))
+
+
+def fitting(there: float, gpus: float) -> int:
+    """How many workers of so many GPUs, or such a part of one, a node has place for; none has parts of two."""
+    return int(there) * int(1 / gpus) if gpus < 1 else int(there / gpus)
 
 
 def image_memory(nodes: list[dict[str, float]], cpus: int) -> int:

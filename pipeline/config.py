@@ -322,8 +322,8 @@ class WorkerSettings(ReadingSettings, MetricsSettings):
     @field_validator("gpus_per_worker")
     @classmethod
     def _gpus(cls, value: float | None) -> float | None:
-        if value is not None and value < 0:
-            raise ValueError("must be 0 or more")
+        if value is not None and not 0 <= value <= 1 and not (value > 1 and value.is_integer()):
+            raise ValueError("must be 0 or more, and whole above 1, as Ray gives no worker one GPU and a half")
         return value
 
 
@@ -344,11 +344,7 @@ class SegmentSettings(NightlySettings):
     @field_validator("run_id")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and (
-            len(value) > 100 or not value.isascii() or not value.replace("-", "").replace("_", "").isalnum()
-        ):
-            raise ValueError("use letters, digits, - and _ only, at most 100")
-        return value
+        return value if value is None else plain_name(value)
 
 
 class RunArgument(BaseModel):
@@ -439,6 +435,11 @@ class SubmitSettings(BaseModel):
     submission_id: str | None = option(None, "name of the Ray job (default: one that Ray makes)", "Cluster", "ID")
     no_wait: bool = option(False, "do not show the job's log and wait for its end", "Cluster")
 
+    @field_validator("submission_id")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        return value if value is None else plain_name(value)
+
     @field_validator("command")
     @classmethod
     def _command(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -475,6 +476,13 @@ def worker_range(text: str) -> tuple[int, int] | None:
     if not low.isdigit() or not (high or low).isdigit() or not 1 <= int(low) <= int(high or low):
         raise ValueError("expected N, MIN:MAX or auto (1:8)")
     return int(low), int(high or low)
+
+
+def plain_name(value: str) -> str:
+    """`value`, which may then be a part of any path or address. Raises ValueError."""
+    if len(value) > 100 or not value.isascii() or not value.replace("-", "").replace("_", "").isalnum():
+        raise ValueError("use letters, digits, - and _ only, at most 100")
+    return value
 
 
 def positive(value: int) -> int:

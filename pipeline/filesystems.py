@@ -1,5 +1,6 @@
 """fsspec's file systems, opened as the settings say, and the version that each gives to what it holds."""
 
+import errno
 import os
 import stat
 from collections.abc import Mapping
@@ -61,10 +62,12 @@ def is_plain(filesystem: AbstractFileSystem) -> bool:
 
 def regular_file(path: str) -> os.stat_result | None:
     """The file at `path` or behind its symbolic links; None for a folder, for what is gone, and for a pipe or socket,
-    whose reading would never end."""
+    whose reading would never end. Raises OSError where that cannot be told."""
     try:
         found = os.stat(path)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise
         return None
     return found if stat.S_ISREG(found.st_mode) else None
 

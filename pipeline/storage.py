@@ -83,7 +83,7 @@ class Store:
         if os.path.isfile(self.root):
             yield self.local_entry(self.root)
         seen = set()
-        for folder, folders, files in os.walk(self.root, followlinks=True):
+        for folder, folders, files in os.walk(self.root, onerror=refuse, followlinks=True):
             here = os.stat(folder)
             if (here.st_dev, here.st_ino) in seen:
                 folders.clear()
@@ -232,6 +232,13 @@ class Store:
     @property
     def is_s3(self) -> bool:
         return "s3" in self.filesystem.protocol
+
+
+def refuse(error: OSError) -> None:
+    """Raise what came of listing a local folder: images that are not seen would be taken for images that have gone."""
+    is_file_systems_own = os.path.basename(error.filename or "") == "lost+found" and isinstance(error, PermissionError)
+    if not is_file_systems_own and not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise ConfigurationError(f"{error.filename}: cannot be listed: {error.strerror}") from None
 
 
 def put_local(path: str, data: bytes, only_new: bool) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -158,9 +159,12 @@ def follow(client: Any, job: str, show: Callable[[str], None]) -> int:
 
 
 def exit_code(info: Any, log: str) -> int:
-    """What the driver has returned. Of a job that was stopped Ray does not know it, but the log says it."""
+    """What the driver has returned. Of a job that was stopped Ray does not know it, but the log says it, unless the
+    driver had not begun to listen, or did not end in time."""
     said = re.findall(rf"^{EXIT_CODE} (\d+)$", log, re.MULTILINE)
     code = info.driver_exit_code
+    if code is None and said:
+        return int(said[-1])
     if code is None:
-        return int(said[-1]) if said else 1
+        return 128 + signal.SIGTERM if info.status == "STOPPED" else 1
     return code if code >= 0 else 128 - code  # as a shell counts signals

@@ -258,7 +258,8 @@ def main() -> None:
     name = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, as names of sockets in it must be
     os.environ["RAY_TMPDIR"] = name
     print(f"# A run on simulated nodes, devices that sleep {SHARD_SECONDS} s a shard\n")
-    print(f"{processor('cpu')}. `python -m jobs.bench.scale`\n")
+    sizes = " ".join(map(str, options.nodes))
+    print(f"{processor('cpu')}. `python -m jobs.bench.scale --nodes {sizes} --shards {options.shards}`\n")
     try:
         rows = scale(options.nodes, options.shards, Path(name))
         shard = of_a_shard(Path(name))

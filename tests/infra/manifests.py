@@ -1,6 +1,7 @@
 """Every manifest of infra/, and what is wrong with one: against KubeRay's own CRDs and Kubernetes' schemas, strictly.
 
-A field that a schema does not name is an error everywhere but where the API itself takes any name (labels, resources).
+A field that a schema does not name is an error everywhere but where names are for us to choose (labels). Where schemas
+take any name and whoever reads it later does not (resources, the options of `ray start`), the names are known here.
 """
 
 import functools
@@ -13,6 +14,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray.scripts.scripts import start
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "infra" / "kuberay"
@@ -25,6 +27,15 @@ METADATA = {
     "properties": {"name": {"type": "string"}, "generateName": {"type": "string"}, "labels": LABELS},
     "oneOf": [{"required": ["name"]}, {"required": ["generateName"]}],
 }
+RESOURCES = {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu"}
+START_OPTIONS = {name.lstrip("-") for option in start.params for name in option.opts}
+KNOWN = {
+    "requests": RESOURCES,
+    "limits": RESOURCES,
+    "rayStartParams": START_OPTIONS,
+    "clusterSelector": {"ray.io/cluster"},
+}
+WITH_A_NAME = {"type": "object", "required": ["metadata"], "properties": {"metadata": METADATA}}
 
 
 def closed(**properties: Any) -> dict[str, Any]:
@@ -79,6 +90,11 @@ def documents() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def faults(document: dict[str, Any]) -> list[str]:
     """What is wrong with a manifest."""
+    return [*schema_faults(document), *misnamed(document), *refused(document)]
+
+
+def schema_faults(document: dict[str, Any]) -> list[str]:
+    """What is wrong with it by the schema of its kind."""
     kind = (document.get("apiVersion"), document.get("kind"))
     if kind[1] == "Kustomization":
         return said_by(jsonschema.Draft7Validator(KUSTOMIZATION), document)
@@ -99,6 +115,27 @@ def faults(document: dict[str, Any]) -> list[str]:
         return [str(error)[:300]]
     except KeyError as error:  # of a document without a kind
         return [f"{error} is missing"]
+    return said_by(jsonschema.Draft7Validator(WITH_A_NAME), document)  # Kubernetes' schemas ask for no name
+
+
+def misnamed(node: Any, place: str = "$") -> Iterator[str]:
+    """Names in maps that schemas leave open, of which nobody knows."""
+    if isinstance(node, list):
+        for number, one in enumerate(node):
+            yield from misnamed(one, f"{place}[{number}]")
+    if isinstance(node, dict):
+        for name, one in node.items():
+            yield from misnamed(one, f"{place}.{name}")
+            if name in KNOWN and isinstance(one, dict):
+                yield from (f"{place}.{name}: no {other} is known" for other in one if other not in KNOWN[name])
+
+
+def refused(document: dict[str, Any]) -> list[str]:
+    """What KubeRay's operator does not do though its schema has it, as it says when it sees the job."""
+    spec = document.get("spec") or {}
+    job = spec.get("jobTemplate", spec) if document.get("kind") in ("RayJob", "RayCronJob") else {}
+    if "clusterSelector" in job and job.get("backoffLimit"):  # older ones delete that cluster, to try on another
+        return ["backoffLimit is incompatible with clusterSelector"]
     return []
 
 

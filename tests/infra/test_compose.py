@@ -14,7 +14,18 @@ COMPOSE = yaml.safe_load((ROOT / "infra/compose.yaml").read_text())
 TEXT = {"type": "string"}
 TEXTS = {"type": "array", "items": TEXT}
 DURATION = {"type": "string", "pattern": r"^\d+(s|m)$"}
-VARIABLES = {"type": "object", "additionalProperties": TEXT}
+VARIABLES = {  # a misspelt one would leave Ray without its token, or Grafana with a password that everyone knows
+    "AWS_ACCESS_KEY_ID",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_SECRET_ACCESS_KEY",
+    "GF_ANALYTICS_REPORTING_ENABLED",
+    "GF_SECURITY_ADMIN_PASSWORD",
+    "RAY_ADDRESS",
+    "RAY_AUTH_MODE",
+    "RAY_AUTH_TOKEN",
+}
+ENVIRONMENT = {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(VARIABLES, TEXT)}
 HEALTH = closed(test=TEXTS, interval=DURATION, timeout=DURATION, retries={"type": "integer"})
 CONDITIONS = {"type": "object", "additionalProperties": closed(condition={"enum": ["service_healthy"]})}
 SERVICE = {  # of the Compose specification, what we use
@@ -22,10 +33,10 @@ SERVICE = {  # of the Compose specification, what we use
     "additionalProperties": False,
     "required": ["image", "restart"],
     "properties": {
-        "build": closed(context=TEXT, dockerfile=TEXT, args=VARIABLES),
+        "build": closed(context=TEXT, dockerfile=TEXT, args=closed(BASE=TEXT)),
         "command": TEXTS,
         "depends_on": {"anyOf": [TEXTS, CONDITIONS]},
-        "environment": VARIABLES,
+        "environment": ENVIRONMENT,
         "healthcheck": HEALTH,
         "image": TEXT,
         "ports": TEXTS,
@@ -46,7 +57,7 @@ SCHEMA = jsonschema.Draft7Validator(
 
 def is_named_freely(place: Place) -> bool:
     """Whether a field's name is for us to choose."""
-    return len(place) == 2 or any(place[-2:-1] == (name,) for name in ("environment", "args", "depends_on"))
+    return len(place) == 2 or place[-2:-1] == ("depends_on",)
 
 
 def test_it_is_valid_and_each_misspelt_field_is_found():

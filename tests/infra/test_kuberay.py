@@ -12,7 +12,7 @@ from jobs.cli import read_command
 from tests.infra.manifests import KUBERAY, ROOT, documents, faults
 
 DOCUMENTS = dict(documents())
-FREE = ("labels", "matchLabels", "nodeSelector", "clusterSelector", "requests", "limits", "rayStartParams")
+FREE = ("labels", "matchLabels", "nodeSelector")
 Place = tuple[str | int, ...]
 
 
@@ -44,14 +44,25 @@ def test_every_manifest_is_valid_and_each_misspelt_field_is_found(name):
     places = list(fields(document))
     assert len(places) >= 3
     assert [place for place in places if not faults(misspelt(document, place))] == []
+    nameless = copy.deepcopy(document)
+    if nameless.pop("metadata", None):  # a Kustomization has none
+        assert faults(nameless)
 
 
 @pytest.mark.parametrize("name", [name for name in DOCUMENTS if ":Ray" in name])
 def test_a_value_of_the_wrong_kind_is_found(name):
     document = copy.deepcopy(DOCUMENTS[name])
     spec = document["spec"].get("jobTemplate", document["spec"])
-    spec["backoffLimit" if "backoffLimit" in spec else "enableInTreeAutoscaling"] = "yes"
+    spec["activeDeadlineSeconds" if "entrypoint" in spec else "enableInTreeAutoscaling"] = "yes"
     assert faults(document)
+
+
+def test_no_job_on_the_standing_cluster_is_tried_again_by_kuberay():
+    for job in found("RayJob") + found("RayCronJob"):
+        assert faults(job) == []
+        again = copy.deepcopy(job)
+        again["spec"].get("jobTemplate", again["spec"])["backoffLimit"] = 3
+        assert faults(again) == ["backoffLimit is incompatible with clusterSelector"]
 
 
 def found(kind: str) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from jobs.bench.scale import Driver, estimate, summarise
+from jobs.bench import scale
+from jobs.bench.scale import Driver, Measurement, estimate, summarise
 
 
 def test_the_road_is_timed_rung_by_rung():
@@ -30,6 +31,20 @@ def test_a_cluster_is_measured_from_its_first_batch_to_its_last():
     assert found.gap == pytest.approx(0.1)
     with pytest.raises(AssertionError, match="1 of 2 workers had work"):
         summarise(2, 2, 100.0, devices[:1])
+
+
+def test_what_is_printed_names_the_very_command_that_made_it(monkeypatch, capsys):
+    monkeypatch.setattr(
+        scale, "measure", lambda nodes, shards, folder: Measurement(nodes, shards, 1, 4.0 + nodes, 1, 0, 0)
+    )
+    monkeypatch.setattr(scale, "of_a_shard", lambda folder: Driver(0.005, 15_000))
+    monkeypatch.setattr(sys, "argv", ["scale", "--nodes", "1", "3", "--shards", "7"])
+    monkeypatch.setenv("RAY_TMPDIR", "")  # which is put back afterwards
+    scale.main()
+    shown = capsys.readouterr().out.strip().split("\n")
+    assert "`python -m jobs.bench.scale --nodes 1 3 --shards 7`" in shown[2]
+    assert "| 3 | 21 | 1.0 s | 7.0 | 0.714 |" in "\n".join(shown)
+    assert json.loads(shown[-1])["efficiency"] == pytest.approx(5 / 7)
 
 
 def test_the_estimate_names_first_what_breaks_first():

@@ -16,9 +16,10 @@ import duckdb
 import fsspec
 import pytest
 import yaml
+from ray.job_submission import JobDetails, JobStatus, JobType
 
 from jobs.cli import main
-from pipeline.submission import SETTINGS, Work, pack
+from pipeline.submission import SETTINGS, Work, exit_code, pack
 from tests.conftest import draw_image
 from tests.jobs.ray_cluster import RayCluster, free_ports, ray_cluster
 
@@ -106,6 +107,7 @@ def test_what_is_wrong_is_said_at_once_with_exit_code_2_and_nothing_is_sent(capf
         ([*nowhere, "--", *segment, "--ray-address", "auto"], "--ray-address stands before --"),
         ([*nowhere, "--env", "SWATH_TEST_UNSET", "--", *segment], "SWATH_TEST_UNSET is not set here"),
         ([*nowhere, "--env", "=canary", "--", *segment], "expected NAME or NAME=VALUE"),
+        ([*nowhere, "--submission-id", "a night/../x", "--", *segment], "submission_id: use letters, digits, - and _"),
         (["submit", "--ray-address", "head:6379", "--", *segment], "(http://HEAD:8265) (got 'head:6379')"),
         (nowhere, "command is missing"),
     ]:
@@ -160,6 +162,22 @@ def test_the_exit_code_is_that_of_the_job(cluster, collection, tmp_path):
     code, log, _ = submitted(cluster, "--", "segment", collection, tmp_path / "out", "--checkpoint", tmp_path / "none")
     assert code == 2
     assert f"swath: error: {tmp_path}/none" in log
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "log", "expected"),
+    [
+        ("STOPPED", None, "stopping\nswath: exit code 143\n", 143),
+        ("STOPPED", None, "swath: exit code 0\n", 0),  # it was just done
+        ("STOPPED", None, "Runtime env is setting up.\n", 143),  # before it could say anything
+        ("FAILED", None, "the node died\n", 1),
+        ("FAILED", -9, "", 137),
+        ("FAILED", 2, "swath: exit code 2\n", 2),
+    ],
+)
+def test_a_job_without_an_exit_code_has_the_one_of_what_ended_it(status, code, log, expected):
+    info = JobDetails(type=JobType.SUBMISSION, status=JobStatus(status), entrypoint="", driver_exit_code=code)
+    assert exit_code(info, log) == expected
 
 
 def test_who_leaves_the_log_leaves_the_job_running(cluster, collection, checkpoint, tmp_path):

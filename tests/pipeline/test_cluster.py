@@ -10,9 +10,10 @@ from pathlib import Path
 
 import duckdb
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.cluster import IMAGE_MEMORY, gpu_share, image_memory
+from pipeline.cluster import IMAGE_MEMORY, gpu_share, image_memory, size_workers
 from pipeline.config import SegmentSettings
 from pipeline.run import segment
 from pipeline.segment import SHARDS_AHEAD
@@ -28,11 +29,32 @@ ROOT = Path(__file__).parents[2]
         ({"CPU": 16, "GPU": 1}, 1, 15),
         ({"CPU": 16, "GPU": 4}, 1, 3),
         ({"CPU": 16, "GPU": 1}, 0.5, 7),
+        ({"CPU": 16, "GPU": 4}, 0.6, 3),
         ({"GPU": 1}, 1, 0),
     ],
 )
 def test_a_gpu_worker_gets_its_share_of_a_gpu_node(node, gpus, cpus):
     assert gpu_share(node, gpus) == cpus
+
+
+def test_a_head_without_cpus_makes_no_worker_smaller(monkeypatch):
+    hosts = [{"memory": 2 << 30}, {"CPU": 16.0, "memory": 64 << 30}, {"CPU": 8.0, "memory": 64 << 30}]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": host} for host in hosts])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": sum(host.get("CPU", 0) for host in hosts)})
+    settings = SegmentSettings(input="in", output="out", checkpoint="c", ray_address="head:6379")
+    workers = size_workers(settings, shards=100)
+    assert (workers.cpus, workers.gpus, workers.first) == (4, 0, 5), "23 CPUs, as one is Ray's"
+    assert workers.memory == 2 << 30
+    del hosts[1:]
+    assert size_workers(settings, shards=100).cpus == 1, "of nodes that are still to come nothing is known"
+
+
+def test_no_worker_has_parts_of_two_gpus(monkeypatch):
+    hosts = [{"CPU": 8.0, "GPU": 2.0, "memory": 64 << 30}] * 2
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": host} for host in hosts])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 4.0})
+    settings = SegmentSettings(input="in", output="out", checkpoint="c", ray_address="head:6379", gpus_per_worker=0.4)
+    assert size_workers(settings, shards=100).first == 8, "two on each GPU, not ten in all"
 
 
 def test_the_memory_for_images_is_a_part_of_the_smallest_share():

@@ -35,6 +35,9 @@ def test_good_settings_pass_and_defaults_are_sensible():
         ({"storage_option": ["nodot=1"]}, "PROTOCOL.KEY=VALUE"),
         ({"input": ""}, "must not be empty"),
         ({"gpus_per_worker": -1}, "0 or more"),
+        ({"gpus_per_worker": "1.5"}, "whole above 1"),
+        ({"gpus_per_worker": "nan"}, "0 or more"),
+        ({"gpus_per_worker": "inf"}, "whole above 1"),
         ({"include": 3}, "include"),
     ],
 )
@@ -59,6 +62,11 @@ def test_local_paths_are_absolute_and_urls_stay_as_they_are(monkeypatch, tmp_pat
     monkeypatch.setenv("HOME", "/somewhere")
     assert build(SegmentSettings, GOOD | {"input": "~/photos"}).input == ("/somewhere/photos",)
     assert settings.output == "s3://b/./x"
+
+
+@pytest.mark.parametrize("gpus", [0, 0.25, 1, 2])
+def test_a_worker_has_a_part_of_a_gpu_or_whole_ones(gpus):
+    assert build(SegmentSettings, GOOD | {"gpus_per_worker": str(gpus)}).gpus_per_worker == gpus
 
 
 def test_worker_ranges():

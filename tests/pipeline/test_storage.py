@@ -1,5 +1,6 @@
 """Objects are put whole and listed as they are, on a local disk and on a real S3 server."""
 
+import errno
 import os
 import threading
 
@@ -60,6 +61,25 @@ def test_odd_names_are_listed_and_read_as_they_are(store, name):
     assert Reader(SETTINGS).fetch(entry.uri, entry.etag, 4) == b"data"
     assert Reader(SETTINGS).fetch_part(entry.uri, entry.etag, 1, 2) == b"at"
     assert ObjectFile(Reader(SETTINGS), entry.uri).read() == b"data"
+
+
+@pytest.mark.parametrize(("call", "place"), [("scandir", "b"), ("stat", "b/2.jpg")])
+def test_a_local_folder_that_cannot_be_looked_into_is_an_error_and_not_empty(tmp_path, monkeypatch, call, place):
+    store = Store(str(tmp_path), SETTINGS)
+    for name in ("a/1.jpg", "b/2.jpg", "lost+found/3"):
+        store.put(name, b"data")
+    system_call, closed = getattr(os, call), {str(tmp_path / "lost+found")} if call == "scandir" else set()
+
+    def refuses(path: str, **options: bool) -> object:
+        if path in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return system_call(path, **options)
+
+    monkeypatch.setattr(os, call, refuses)
+    assert {"a/1.jpg", "b/2.jpg"} < set(dict(store.listing())), "what is the file system's own stops nobody"
+    closed.add(str(tmp_path / place))
+    with pytest.raises(ConfigurationError, match=r"cannot be listed: (Permission|access) denied"):
+        list(store.listing())
 
 
 def test_an_etag_changes_with_the_object(store):
