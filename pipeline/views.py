@@ -36,6 +36,10 @@ CREATE OR REPLACE VIEW current AS
 
 def views(output: Store) -> str:
     """SQL that makes the views of an output with at least one finished run; `deletions` as of now."""
-    root = escape(output.uri("").rstrip("/").removeprefix("file://")).replace("'", "''")
     deletions = GONE if output.names(FOLDER) else NONE_GONE
-    return "\n".join([SEGMENTS, RUNS, deletions, CURRENT]).format(output=root, folder=FOLDER).lstrip()
+    return "\n".join([SEGMENTS, RUNS, deletions, CURRENT]).format(output=sql_root(output), folder=FOLDER).lstrip()
+
+
+def sql_root(output: Store) -> str:
+    """The output's root as it stands in a pattern in an SQL literal, whatever it is called."""
+    return escape(output.uri("").rstrip("/").removeprefix("file://")).replace("'", "''")
