@@ -20,7 +20,18 @@ class ConfigurationError(Exception):
     """A setting, input or output that cannot be used; the message is one line with the value and the remedy."""
 
 
-GROUPS = ("Cluster", "Query", "Input", "Model", "Run", "Workers", "Storage", "Metrics", "Demo")  # as help shows them
+GROUPS = (
+    "Cluster",
+    "Query",
+    "Input",
+    "Model",
+    "Run",
+    "Workers",
+    "Storage",
+    "Metrics",
+    "Export",
+    "Demo",
+)  # as help shows them
 
 
 def option(default: Any, help: str, group: str, metavar: str | None = None) -> Any:
@@ -410,6 +421,37 @@ class QuerySettings(OutputArgument, StorageSettings):
     format: Literal["table", "csv", "json", "parquet"] = option(
         "table", "of the answer: table for a person (the first 200 rows), csv, json or parquet for all", "Query", "NAME"
     )
+
+
+class ExportSettings(OutputArgument, StorageSettings):
+    """What `swath export` needs."""
+
+    dest: str = Field(description="where the export goes: any fsspec URL, empty or with an earlier export of the same")
+    format: Literal["png", "coco", "huggingface"] = option(
+        ...,
+        "png (a folder of masks), coco (one JSON file, masks as run lengths) or huggingface (images and masks for "
+        "datasets.load_dataset)",
+        "Export",
+        "NAME",
+    )
+    run_id: str | None = option(
+        None, "all masks of this run (default: of each image the newest, of all finished runs)", "Export", "ID"
+    )
+    where: str | None = option(
+        None, "only rows for which this SQL is true ('confidence > 0.9'; columns as in the output)", "Export", "SQL"
+    )
+    limit: int | None = option(None, "at most so many images, the first by URI", "Export", "N")
+    overwrite: bool = option(False, "replace an earlier export of other rows or in another format", "Export")
+
+    @field_validator("dest")
+    @classmethod
+    def _dest(cls, value: str) -> str:
+        return absolute(value)
+
+    @field_validator("limit")
+    @classmethod
+    def _limit(cls, value: int | None) -> int | None:
+        return value if value is None else positive(value)
 
 
 class SubmitSettings(BaseModel):

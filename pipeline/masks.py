@@ -13,12 +13,14 @@ import numpy as np
 from PIL import Image
 from zlib_ng import zlib_ng
 
-from model.labels import LabelSet
+from model.labels import Colour, LabelSet
 
 PALETTE_COLOURS = 256  # all that a PNG palette holds; more classes make a 16-bit mask without one
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, PALETTE = 0, 3  # colour types (PNG specification, 11.2.1)
 UP = 2  # filter type: each byte less the one above (9.2)
+
+Image.MAX_IMAGE_PIXELS = None  # a mask is as large as its image, whose size had a limit
 
 
 def encode_mask(mask: np.ndarray, labels: LabelSet) -> bytes:
@@ -49,6 +51,14 @@ def decode_mask(png: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         pixels = np.asarray(image)
     return pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint16)
+
+
+def read_palette(png: bytes, classes: int) -> list[Colour] | None:
+    """The colour of each class in a mask's palette; None where it has none, as 16 bits have."""
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        parts = image.getpalette() or []
+    colours = [(red, green, blue) for red, green, blue in zip(parts[::3], parts[1::3], parts[2::3], strict=True)]
+    return colours if len(colours) == classes else None
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, labels: LabelSet, opacity: float = 0.55) -> np.ndarray:

@@ -21,7 +21,7 @@ from fsspec import AbstractFileSystem
 from pipeline.config import ConfigurationError
 from pipeline.reader import ObjectFile, Reader
 from pipeline.storage import Store
-from pipeline.views import views, views_at
+from pipeline.views import local_root, views_at
 
 PROTOCOL = "swath"  # of an output that is reached through `OutputFiles`
 REQUESTS = 32  # in flight to an object store
@@ -42,19 +42,27 @@ class Question:
 
 def connect(output: Store) -> duckdb.DuckDBPyConnection:
     """A DuckDB of its own with the views of an output. Raises `ConfigurationError` where that has no rows."""
-    if not output.names("segments"):
-        raise ConfigurationError(f"{output.url}: no segments are here; give the OUTPUT of swath segment")
     tables = duckdb.connect()
-    tables.execute("SET autoinstall_known_extensions = false")  # nothing is loaded from anywhere without being asked
     tables.execute("SET preserve_insertion_order = false")
     tables.execute("SET enable_profiling = 'no_output'")  # for `bytes_read`
-    if output.is_local:
-        tables.execute(views(output))
-    else:
+    make_views(tables, output)
+    return tables
+
+
+def make_views(tables: duckdb.DuckDBPyConnection, output: Store) -> None:
+    """The same in a DuckDB that is there."""
+    if not output.names("segments"):
+        raise ConfigurationError(f"{output.url}: no segments are here; give the OUTPUT of swath segment")
+    tables.execute("SET autoinstall_known_extensions = false")  # nothing is loaded from anywhere without being asked
+    if not output.is_local:
         tables.register_filesystem(OutputFiles(output))
         tables.execute(f"SET threads = {REQUESTS}")  # which wait most of the time
-        tables.execute(views_at(output, f"{PROTOCOL}://"))
-    return tables
+    tables.execute(views_at(output, root(output)))
+
+
+def root(output: Store) -> str:
+    """Where that DuckDB has the output."""
+    return local_root(output) if output.is_local else f"{PROTOCOL}://"
 
 
 def ask(tables: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader | None:

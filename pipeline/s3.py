@@ -6,6 +6,7 @@ does not get an object, s3fs is asked, which knows every kind of server, key and
 is not asked any more.
 """
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,7 @@ FAILURES = 20  # one after the other, and this is no client for this server
 CREDENTIALS_FOR = timedelta(minutes=5)  # then botocore is asked again, which renews those that end
 LONGEST = 600.0  # seconds that an object may take, however it trickles
 TIMEOUTS = {"connect_timeout": "5s", "timeout": "60s"}
+THREADS: set[int] = set()  # processes in which obstore has some, of those that this one was forked from, and this one
 STATUS = re.compile(r"\bstatus(?: code:)? (\d{3})\b")  # in obstore's words
 
 
@@ -107,8 +109,13 @@ def cause_of(words: str) -> str:
 
 
 def fetcher(filesystem: Any, options: dict[str, Any]) -> Fetcher | None:
-    """A fetcher for a file system, unless that is no S3, cannot be reached or has options that only s3fs knows."""
+    """A fetcher for a file system, unless that is no S3, cannot be reached or has options that only s3fs knows, or this
+    process was forked from one that has fetchers.
+    """
     if not isinstance(filesystem, S3FileSystem) or options:
+        return None
+    THREADS.add(os.getpid())
+    if len(THREADS) > 1:  # a fork takes no threads along, without which obstore would wait for ever
         return None
     with suppress(Exception):  # whatever it is, s3fs says it better
         return Fetcher(filesystem)

@@ -10,11 +10,13 @@ import errno
 import hashlib
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 from botocore.exceptions import BotoCoreError
 from fsspec.implementations.local import LocalFileSystem
@@ -25,6 +27,7 @@ from pipeline.filesystems import etag_of, is_plain, local_etag, open_filesystem,
 from pipeline.reader import ObjectFile, Reader
 
 SINGLE_PUT = 4 << 30  # bytes: below this an object is put in one request, which S3 makes atomic
+PIECE, PIECES = 16 << 20, 4  # bytes of one request for a larger file, and how many there are at once
 
 T = TypeVar("T")
 
@@ -197,7 +200,7 @@ class Store:
     def put_once(self, name: str, data: bytes, only_new: bool) -> None:
         path = self.path(name)
         if self.is_local:
-            put_local(path, data, only_new)
+            put_local(path, lambda file: file.write(data), only_new)
             return
         digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         checked = {"chunksize": SINGLE_PUT, "ContentMD5": digest} if self.is_s3 else {}
@@ -207,6 +210,16 @@ class Store:
             if error_code(error) in ("PreconditionFailed", "412"):  # not every server names the failed condition
                 raise FileExistsError(self.uri(name)) from None
             raise
+
+    def put_file(self, name: str, source: Path) -> None:
+        """Put a local file of any size, as whole as `put` does; of it no more is in memory than a few pieces."""
+        path = self.path(name)
+        if self.is_local:
+            with source.open("rb") as file:
+                put_local(path, partial(shutil.copyfileobj, file), only_new=False)
+            return
+        pieces = {"chunksize": PIECE, "max_concurrency": PIECES} if self.is_s3 else {}
+        self.patiently(lambda: self.filesystem.put_file(str(source), path, **pieces))
 
     def delete(self, name: str) -> None:
         """Remove the object `name`, if it is there and may be removed."""
@@ -241,7 +254,7 @@ def refuse(error: OSError) -> None:
         raise ConfigurationError(f"{error.filename}: cannot be listed: {error.strerror}") from None
 
 
-def put_local(path: str, data: bytes, only_new: bool) -> None:
+def put_local(path: str, write: Callable[[BinaryIO], object], only_new: bool) -> None:
     """Write beside `path`, sync, then give it its name in one step that the file system makes atomic."""
     folder, name = os.path.split(path)
     try:
@@ -251,7 +264,7 @@ def put_local(path: str, data: bytes, only_new: bool) -> None:
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         if only_new:

@@ -69,7 +69,12 @@ CREATE OR REPLACE VIEW failures AS
 
 def views(output: Store) -> str:
     """SQL that makes the views of an output that has rows; which runs and deletions there are is as of now."""
-    return views_at(output, output.uri("").rstrip("/").removeprefix("file://"))
+    return views_at(output, local_root(output))
+
+
+def local_root(output: Store) -> str:
+    """The output's URL, or its path where it is on this machine."""
+    return output.uri("").rstrip("/").removeprefix("file://")
 
 
 def views_at(output: Store, root: str) -> str:
@@ -85,5 +90,11 @@ def views_at(output: Store, root: str) -> str:
     ]
     columns = ", ".join(f"{name}: '{kind}'" for name, kind in RECORD.items())
     nothing = ", ".join(f"NULL::{kind} AS {name}" for name, kind in RECORD.items())
-    literal = escape(root).replace("'", "''")
-    return "\n".join(parts).format(root=literal, folder=FOLDER, places=PLACES, columns=columns, nothing=nothing)
+    return "\n".join(parts).format(
+        root=in_pattern(root), folder=FOLDER, places=PLACES, columns=columns, nothing=nothing
+    )
+
+
+def in_pattern(root: str) -> str:
+    """A path or URL as it stands in a pattern in an SQL literal, whatever it is called."""
+    return escape(root).replace("'", "''")

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,17 @@ def test_an_object_is_read_as_it_was_put(store):
     assert store.names("nowhere") == []
     with pytest.raises(FileNotFoundError):
         store.read("a/c.bin")
+
+
+def test_a_file_of_several_pieces_is_put_whole_and_replaces_what_was_there(store, tmp_path):
+    data = os.urandom(40 << 20)
+    (tmp_path / "large").write_bytes(data)
+    store.put("a/large", b"small")
+    store.put_file("a/large", tmp_path / "large")
+    assert store.read("a/large") == data
+    assert store.names("a") == ["large"]
+    store.put_file("a/large", Path(__file__))
+    assert store.read("a/large") == Path(__file__).read_bytes()
 
 
 def test_only_one_of_many_writers_of_a_new_object_wins(store):
