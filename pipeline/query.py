@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from glob import has_magic
 from typing import Any
 
 import duckdb
@@ -102,23 +103,24 @@ class OutputFiles(AbstractFileSystem):
     def __init__(self, output: Store):
         super().__init__()
         self.output = output
+        self.globbed: dict[str, list[str]] = {}  # by pattern
         self.sizes: dict[str, int] = {}
         self.lock = threading.Lock()
 
     def glob(self, path: str, **_: Any) -> list[str]:
-        """What matches a pattern, part for part."""
-        found = [""]
-        for part in self._strip_protocol(path).strip("/").split("/"):
-            if any(sign in part for sign in "*?["):
-                found = [
-                    f"{folder}/{name}".lstrip("/")
-                    for folder in found
-                    for name in self.output.names(folder)
-                    if fnmatch.fnmatchcase(name, part)
-                ]
-            else:
-                found = [f"{folder}/{part}".lstrip("/") for folder in found]
-        return [f"{PROTOCOL}://{name}" for name in found]
+        """What matches a pattern, part for part, as it was when it was first asked for: views on views ask often."""
+        if path not in self.globbed:
+            found = [""]
+            for part in self._strip_protocol(path).strip("/").split("/"):
+                found = [f"{folder}/{name}".lstrip("/") for folder in found for name in self.matching(folder, part)]
+            self.globbed[path] = [f"{PROTOCOL}://{name}" for name in found]
+        return self.globbed[path]
+
+    def matching(self, folder: str, part: str) -> list[str]:
+        """The names in a folder that match a part of a pattern."""
+        if not has_magic(part):
+            return [part]
+        return fnmatch.filter(self.output.names(folder), part)
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> "SharedFile":
         """Raises FileNotFoundError."""

@@ -11,6 +11,7 @@
 statistics never reads a mask, and one over a first run of many images and small ones since is as fast as a scan.
 """
 
+import json
 from glob import escape
 
 from pipeline.changes import FOLDER
@@ -19,7 +20,7 @@ from pipeline.storage import Store
 SEGMENTS = """
 CREATE OR REPLACE VIEW segments AS
   FROM read_parquet('{root}/segments/*/*.parquet', hive_partitioning = false);"""
-RECORD = {
+RECORD = {  # of a run record, which is JSON of any size, as it names all files
     "run_id": "VARCHAR",
     "model_version": "VARCHAR",
     "started": "TIMESTAMP",
@@ -31,16 +32,12 @@ RECORD = {
     "input_bytes": "BIGINT",
     "output_bytes": "BIGINT",
     "pixels": "BIGINT",
-    "input": "VARCHAR[]",
+    "input": ["VARCHAR"],
     "checkpoint": "VARCHAR",
 }
 RUNS = """
 CREATE OR REPLACE VIEW runs AS
-  FROM read_json('{root}/runs/*/run.json', maximum_object_size = 1073741824,
-    columns = {{{columns}}});"""
-NONE_FINISHED = """
-CREATE OR REPLACE VIEW runs AS
-  SELECT {nothing} WHERE false;"""
+  SELECT unnest(from_json(content, '{record}')) FROM read_text('{root}/runs/*/run.json');"""
 GONE = """
 CREATE OR REPLACE VIEW deletions AS
   SELECT uri, max(noticed) AT TIME ZONE 'UTC' AS noticed FROM read_parquet('{root}/{folder}/*.parquet')
@@ -68,7 +65,7 @@ CREATE OR REPLACE VIEW failures AS
 
 
 def views(output: Store) -> str:
-    """SQL that makes the views of an output that has rows; which runs and deletions there are is as of now."""
+    """SQL that makes the views of an output that has rows; whether anything was deleted is as of now."""
     return views_at(output, local_root(output))
 
 
@@ -79,20 +76,9 @@ def local_root(output: Store) -> str:
 
 def views_at(output: Store, root: str) -> str:
     """The same where the engine that is asked reaches the output at `root`, a path or URL."""
-    has_runs = any("run.json" in output.names(f"runs/{run}") for run in output.names("runs"))
-    parts = [
-        SEGMENTS,
-        RUNS if has_runs else NONE_FINISHED,
-        GONE if output.names(FOLDER) else NONE_GONE,
-        CURRENT,
-        CLASS_STATS,
-        FAILURES,
-    ]
-    columns = ", ".join(f"{name}: '{kind}'" for name, kind in RECORD.items())
-    nothing = ", ".join(f"NULL::{kind} AS {name}" for name, kind in RECORD.items())
-    return "\n".join(parts).format(
-        root=in_pattern(root), folder=FOLDER, places=PLACES, columns=columns, nothing=nothing
-    )
+    deletions = GONE if output.names(FOLDER) else NONE_GONE
+    parts = "\n".join([SEGMENTS, RUNS, deletions, CURRENT, CLASS_STATS, FAILURES])
+    return parts.format(root=in_pattern(root), folder=FOLDER, places=PLACES, record=json.dumps(RECORD)).lstrip()
 
 
 def in_pattern(root: str) -> str:
