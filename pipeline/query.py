@@ -21,7 +21,7 @@ from fsspec import AbstractFileSystem
 from pipeline.config import ConfigurationError
 from pipeline.reader import ObjectFile, Reader
 from pipeline.storage import Store
-from pipeline.views import views, views_at
+from pipeline.views import views_at
 
 PROTOCOL = "swath"  # of an output that is reached through `OutputFiles`
 REQUESTS = 32  # in flight to an object store
@@ -48,13 +48,16 @@ def connect(output: Store) -> duckdb.DuckDBPyConnection:
     tables.execute("SET autoinstall_known_extensions = false")  # nothing is loaded from anywhere without being asked
     tables.execute("SET preserve_insertion_order = false")
     tables.execute("SET enable_profiling = 'no_output'")  # for `bytes_read`
-    if output.is_local:
-        tables.execute(views(output))
-    else:
+    if not output.is_local:
         tables.register_filesystem(OutputFiles(output))
         tables.execute(f"SET threads = {REQUESTS}")  # which wait most of the time
-        tables.execute(views_at(output, f"{PROTOCOL}://"))
+    tables.execute(views_at(output, root(output)))
     return tables
+
+
+def root(output: Store) -> str:
+    """Where DuckDB reaches the files of an output, once connected."""
+    return output.uri("").rstrip("/").removeprefix("file://") if output.is_local else f"{PROTOCOL}://"
 
 
 def ask(tables: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader | None:

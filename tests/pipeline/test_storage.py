@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import pytest
 
@@ -27,6 +28,16 @@ def test_an_object_is_read_as_it_was_put(store):
     assert store.names("nowhere") == []
     with pytest.raises(FileNotFoundError):
         store.read("a/c.bin")
+
+
+def test_a_store_says_when_objects_were_put(store):
+    before = time.time()
+    store.put("a/one", b"1")
+    store.put("a/deeper/two", b"2")
+    times = store.times("a")
+    assert before - 2 <= times["one"] <= time.time() + 2  # S3 knows whole seconds
+    assert set(times) <= {"one", "deeper"}
+    assert store.times("nowhere") == {}
 
 
 def test_only_one_of_many_writers_of_a_new_object_wins(store):
