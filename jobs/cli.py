@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from jobs import demo, index, nightly, plan, retry, segment, status, submit, verify, views
+from jobs import demo, index, nightly, plan, report, retry, segment, status, submit, verify, views
 from pipeline import stopping
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
 
@@ -22,6 +22,7 @@ JOBS = {
     "retry": retry,
     "verify": verify,
     "views": views,
+    "report": report,
     "submit": submit,
     "demo": demo,
 }

@@ -65,6 +65,9 @@ class Display:
         if total:
             self.show("verifying", done, total, "")
 
+    def drawing(self, done: int, total: int) -> None:
+        self.show("drawing the gallery", done, total, "")
+
     def show(self, work: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
         began, already = self.first.setdefault(work, (now, done))
