@@ -17,10 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
+from jobs import report
 from jobs.display import Display, example_query, print_record, segment_files
 from jobs.scenes.draw import CLASSES, PALETTE, TRAINING_SEEDS, draw_scene
 from model.labels import label_set
-from pipeline.config import ConfigurationError, SegmentSettings, option
+from pipeline.config import ConfigurationError, ReportSettings, SegmentSettings, option
 from pipeline.masks import decode_mask, overlay
 
 WEIGHTS = Path(__file__).parent / "scenes" / "weights"
@@ -73,7 +74,7 @@ def run(settings: DemoSettings) -> int:
     draw_overview(rows, picture)
     print(f"masks take {record['output_bytes'] / record['pixels']:.4f} bytes a pixel")
     print(f"picture  {picture}")
-    return 0
+    return report.run(ReportSettings(output=job.output, to=str(folder / "report.html")))
 
 
 def fresh_folder(folder: Path) -> Path:

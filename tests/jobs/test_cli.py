@@ -234,6 +234,7 @@ def test_the_demo_segments_its_scenes_well_and_shows_them(swath, tmp_path):
     assert len({row["format"] for row in rows if row["mask"]}) == 3
     assert "vegetation" in out
     assert (tmp_path / "demo/overview.png").stat().st_size > 10_000
+    assert "16 of 19 images have a mask" in (tmp_path / "demo/report.html").read_text()
     record = json.loads(next((tmp_path / "demo/masks").glob("runs/*/run.json")).read_text())
     assert record["statuses"] == {"ok": 16, "unreadable": 3}
 
