@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from jobs import demo, export, index, nightly, plan, query, retry, segment, status, submit, verify, views
+from jobs import demo, export, index, nightly, plan, query, report, retry, segment, status, submit, verify, views
 from pipeline import stopping
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
 
@@ -23,6 +23,7 @@ JOBS = {
     "verify": verify,
     "query": query,
     "views": views,
+    "report": report,
     "export": export,
     "submit": submit,
     "demo": demo,

@@ -10,17 +10,15 @@ purpose. FOLDER is made anew each time.
 import shutil
 from pathlib import Path
 
-import duckdb
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 
-from jobs.display import Display, example_query, print_record, segment_files
+from jobs import query, report
+from jobs.display import EXAMPLE, Display, print_record
 from jobs.scenes.draw import CLASSES, PALETTE, TRAINING_SEEDS, draw_scene
 from model.labels import label_set
-from pipeline.config import ConfigurationError, MetricsSettings, SegmentSettings, option
+from pipeline.config import ConfigurationError, MetricsSettings, QuerySettings, ReportSettings, SegmentSettings, option
 from pipeline.masks import decode_mask, overlay
 
 WEIGHTS = Path(__file__).parent / "scenes" / "weights"
@@ -71,14 +69,15 @@ def run(settings: DemoSettings) -> int:
     assert result.record
     record = result.record
     print_record(record, job.output)
-    print_answer(job.output)
+    print()
+    query.run(QuerySettings(output=job.output, sql=EXAMPLE))
     rows = pyarrow.dataset.dataset(f"{job.output}/segments").to_table().to_pylist()
     print_accuracy(rows, scenes)
     picture = folder / "overview.png"
     draw_overview(rows, picture)
     print(f"masks take {record['output_bytes'] / record['pixels']:.4f} bytes a pixel")
     print(f"picture  {picture}")
-    return 0
+    return report.run(ReportSettings(output=job.output, to=str(folder / "report.html")))
 
 
 def fresh_folder(folder: Path) -> Path:
@@ -107,16 +106,6 @@ def draw_collection(folder: Path, images: int) -> dict[str, tuple[int, int, int]
     (folder / "notes.txt").write_text("Neither is this, and its name says so.\n")
     (folder / "folder.png").mkdir()
     return scenes
-
-
-def print_answer(output: str) -> None:
-    """Put the query that closes every run to the table, and show what it says."""
-    answer = duckdb.connect().execute(example_query(segment_files(str(output))))
-    table = Table(*(column[0] for column in answer.description or ()), box=None, header_style="bold", pad_edge=False)
-    for values in answer.fetchall():
-        table.add_row(*map(str, values))
-    print()
-    Console(soft_wrap=True, highlight=False).print(table)
 
 
 def print_accuracy(rows: list[dict], scenes: dict[str, tuple[int, int, int]]) -> None:

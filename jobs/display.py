@@ -1,6 +1,7 @@
 """What a person sees while a job runs, and when it is done."""
 
 import glob
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,10 @@ from rich.table import Table
 
 PLAIN_EVERY = 5.0  # seconds between two lines where there is no terminal
 REASONS_SHOWN = 8
+EXAMPLE = (  # a question that any output answers: the classes, most pixels first
+    "SELECT name, count(*) AS images, round(100 * avg(fraction), 1) AS percent, "
+    "round(avg(confidence), 3) AS confidence FROM class_stats GROUP BY 1 ORDER BY 3 DESC"
+)
 
 
 class Display:
@@ -68,6 +73,9 @@ class Display:
     def exporting(self, done: int, total: int) -> None:
         self.show("exporting", done, total, "")
 
+    def drawing(self, done: int, total: int) -> None:
+        self.show("drawing the gallery", done, total, "")
+
     def show(self, work: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
         began, already = self.first.setdefault(work, (now, done))
@@ -122,9 +130,7 @@ def print_record(record: dict[str, Any], output: str) -> None:
     console.print(
         f"\nrows     {escape(segments)}", f"run      {record['run_id']}  model {record['model_version']}", sep="\n"
     )
-    if (protocol := segments.partition("://")[0]) != segments:
-        console.print(f"first    duckdb.register_filesystem(fsspec.filesystem({protocol!r}))  (in Python)")
-    console.print(f"query    {escape(example_query(segments))}")
+    console.print(f"query    swath query {escape(shlex.quote(output))} {escape(shlex.quote(EXAMPLE))}")
 
 
 def print_statuses(console: Console, statuses: Mapping[str, int], reasons: Mapping[str, int]) -> None:
@@ -148,15 +154,6 @@ def print_statuses(console: Console, statuses: Mapping[str, int], reasons: Mappi
 def segment_files(output: str) -> str:
     """A pattern for the segments table of an output, whatever that is called."""
     return f"{glob.escape(output.rstrip('/'))}/segments/*/*.parquet"
-
-
-def example_query(segments: str) -> str:
-    """A DuckDB query that works on any output: the classes, most pixels first."""
-    return (
-        "SELECT c.name, count(*) AS images, round(100 * avg(c.fraction), 1) AS percent, "
-        "round(avg(c.confidence), 3) AS confidence "
-        f"FROM (SELECT unnest(classes) AS c FROM {sql_text(segments)}) GROUP BY 1 ORDER BY 3 DESC"
-    )
 
 
 def sql_text(text: str) -> str:

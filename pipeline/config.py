@@ -29,6 +29,7 @@ GROUPS = (
     "Workers",
     "Storage",
     "Metrics",
+    "Report",
     "Export",
     "Demo",
 )  # as help shows them
@@ -452,6 +453,49 @@ class ExportSettings(OutputArgument, StorageSettings):
     @classmethod
     def _limit(cls, value: int | None) -> int | None:
         return value if value is None else positive(value)
+
+
+class ReportSettings(OutputArgument, StorageSettings):
+    """What `swath report` needs."""
+
+    to: str = option(
+        "swath-report.html", "file of the page: a path or any fsspec URL that ends in .html", "Report", "URL"
+    )
+    price: float | None = option(
+        None,
+        "dollars that the whole cluster costs in an hour, for the cost of each run: this by the time from its workers' "
+        "start to its record",
+        "Report",
+        "DOLLARS",
+    )
+    images: int = option(
+        6,
+        "images in each part of the gallery: least certain, most certain, random; of classes, each at its most, it has "
+        "twice as many; 0 for no gallery",
+        "Report",
+        "N",
+    )
+
+    @field_validator("to")
+    @classmethod
+    def _to(cls, value: str) -> str:
+        if not value.endswith(".html"):
+            raise ValueError("must end in .html")
+        return value
+
+    @field_validator("price")
+    @classmethod
+    def _price(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError("must be 0 or more")
+        return value
+
+    @field_validator("images")
+    @classmethod
+    def _images(cls, value: int) -> int:
+        if not 0 <= value <= 50:
+            raise ValueError("must be from 0 to 50")
+        return value
 
 
 class SubmitSettings(BaseModel):

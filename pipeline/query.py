@@ -62,7 +62,7 @@ def make_views(tables: duckdb.DuckDBPyConnection, output: Store) -> None:
 
 
 def root(output: Store) -> str:
-    """Where that DuckDB has the output."""
+    """Where DuckDB reaches the files of an output, once connected."""
     return local_root(output) if output.is_local else f"{PROTOCOL}://"
 
 

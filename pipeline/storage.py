@@ -186,6 +186,18 @@ class Store:
         for path in self.patiently(lambda: self.filesystem.ls(self.path(folder), detail=False, refresh=True)):
             yield path.rstrip("/").rpartition("/")[2]
 
+    def times(self, folder: str) -> dict[str, float]:
+        """When each object directly in `folder` was put, in seconds since 1970; none where the store does not say."""
+        if self.is_local:
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.path(folder)) as found:
+                return {entry.name: entry.stat().st_mtime for entry in found}
+        if not self.is_s3:
+            return {}
+        bucket, _, key = self.path(f"{folder}/").partition("/")
+        pages = self.pages(Bucket=bucket, Prefix=key, Delimiter="/")
+        listed = (found for page in pages for found in page.get("Contents", ()))
+        return {found["Key"].removeprefix(key): found["LastModified"].timestamp() for found in listed}
+
     def put(self, name: str, data: bytes, only_new: bool = False) -> None:
         """Put an object whole: a reader sees all of it or none. With `only_new`, FileExistsError if it is there.
 

@@ -27,7 +27,13 @@ from pipeline.config import ConfigurationError
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("pipeline", "model", "jobs")
-SENT = (".py", ".so")  # the code, and the kernels where they are built: nodes are machines of the same kind
+SENT = (
+    ".py",
+    ".so",  # the kernels where they are built: nodes are machines of the same kind
+    ".html",
+    ".css",
+    ".js",
+)
 NOT_SENT = ("bench",)
 SETTINGS = "settings.yaml"
 EXIT_CODE = "swath: exit code"  # how the last line of a job's log begins

@@ -1,20 +1,26 @@
 """Outputs of any size that no network has made: rows, files and records as a run writes them, with made-up numbers.
 
-For measuring what reads an output. Masks are of a usual size, but their bytes mean nothing, except where `masks` draws
-them.
+For measuring what reads an output. Masks are of a usual size, but their bytes mean nothing, except where `masks` has
+one for the size of an image. Of a plan there is only what says how many images each shard has.
 """
 
+import hashlib
 import json
+import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.scenes.draw import CLASSES
+from pipeline.commit import Contents
+from pipeline.plan import Origin
 from pipeline.schema import CLASS, SEGMENTS, SUMMARY_KEY, encode_table
 from pipeline.seal import sealed
 from pipeline.totals import Totals, add, count_reasons
@@ -28,36 +34,64 @@ FAILURES = {
 }
 EVERY = 200  # images, of which one has no mask
 MASK = 1500  # bytes
+SETTINGS: dict[str, Any] = {
+    "policy": "short=512",
+    "max_pixels": 100_000_000,
+    "allow_truncated": False,
+    "precision": "float32",
+}
+
+Masks = Mapping[tuple[int, int], bytes]  # by width and height
 
 
 def write_output(
-    folder: Path, images: int, runs: int = 1, labels: tuple[str, ...] = CLASSES, prefix: str = "s3://photos"
+    folder: Path,
+    images: int,
+    runs: int = 1,
+    labels: tuple[str, ...] = CLASSES,
+    prefix: str = "s3://photos",
+    masks: Masks | None = None,
 ) -> None:
     """Write an output of so many images; each run after the first does the first hundredth of them again."""
     for number in range(runs):
-        write_run(
-            folder, f"night-{number + 1}", images if not number else max(1, images // 100), number, labels, prefix
-        )
+        some = images if not number else max(1, images // 100)
+        write_run(folder, f"night-{number + 1}", some, number, labels, prefix, masks or {})
 
 
-def write_run(folder: Path, run_id: str, images: int, number: int, labels: tuple[str, ...], prefix: str) -> None:
+def write_run(
+    folder: Path, run_id: str, images: int, number: int, labels: tuple[str, ...], prefix: str, masks: Masks
+) -> None:
     rng = np.random.default_rng(number)
     segments, record = folder / f"segments/run={run_id}", folder / f"runs/{run_id}"
     segments.mkdir(parents=True)
     record.mkdir(parents=True)
     totals, files = [], []
     for shard, start in enumerate(range(0, images, SHARD)):
-        table = rows(rng, start, min(SHARD, images - start), run_id, f"model-{number + 1}", labels, prefix)
+        table = rows(rng, start, min(SHARD, images - start), run_id, f"model-{number + 1}", labels, prefix, masks)
         totals.append(count(table))
         metadata = {b"swath.run_id": run_id.encode(), b"swath.labels": "\n".join(labels).encode()}
         files.append(f"shard-{shard:06d}.parquet")
         (segments / files[-1]).write_bytes(encode_table(table, metadata | {SUMMARY_KEY: totals[-1].encode()}))
     started = BEGAN + timedelta(days=number)
     finished = started + timedelta(seconds=max(1, images / 500))
+    for done, name in enumerate(files, 1):  # put one after the other
+        put = (started + (finished - started) * done / len(files)).timestamp()
+        os.utime(segments / name, (put, put))
+    origin = Origin((prefix,), (), (), SETTINGS["policy"], f"model-{number + 1}")
+    contents = Contents(origin, [], [one.images for one in totals], [one.pixels for one in totals], {"new": images})
+    plan = json.dumps(asdict(contents)).encode()
+    (record / "plan.json").write_bytes(plan)
     whole = asdict(add(totals)) | {
-        "shards_done_before": 0,
         "run_id": run_id,
+        "input": [prefix],
+        "checkpoint": f"s3://models/model-{number + 1}",
         "model_version": f"model-{number + 1}",
+        "retries": "",
+        "changes": contents.changes,
+        "settings": SETTINGS,
+        "shards_done_before": 0,
+        "busy_shares": {"fetch": 0.1, "decode": 0.2, "infer": 0.98, "encode": 0.1},
+        "plan_sha256": hashlib.sha256(plan).hexdigest(),
         "labels": list(labels),
         "started": started.isoformat(timespec="seconds"),
         "finished": finished.isoformat(timespec="seconds"),
@@ -68,7 +102,14 @@ def write_run(folder: Path, run_id: str, images: int, number: int, labels: tuple
 
 
 def rows(
-    rng: np.random.Generator, start: int, images: int, run_id: str, version: str, labels: tuple[str, ...], prefix: str
+    rng: np.random.Generator,
+    start: int,
+    images: int,
+    run_id: str,
+    version: str,
+    labels: tuple[str, ...],
+    prefix: str,
+    masks: Masks,
 ) -> pa.Table:
     """A shard's rows."""
     numbers = np.arange(start, start + images)
@@ -99,7 +140,8 @@ def rows(
     twins = np.flatnonzero(numbers % EVERY == 1)  # the same file as the one before
     etag[twins], size[twins] = etag[twins - 1], size[twins - 1]
     noise = rng.bytes(MASK * images)
-    masks = [noise[at * MASK : (at + 1) * MASK] if ok[at] else None for at in range(images)]
+    sizes = list(zip(width.tolist(), height.tolist(), strict=True))
+    drawn = [masks.get(size) or noise[at * MASK : (at + 1) * MASK] for at, size in enumerate(sizes)]
     days = numbers % 365
     uris = [
         f"{prefix}/{BEGAN + timedelta(days=int(day)):%Y/%m/%d}/{at:09d}.jpg"
@@ -112,12 +154,10 @@ def rows(
         "format": ["JPEG"] * images,
         "width": pa.array(width, pa.int32(), mask=~ok),
         "height": pa.array(height, pa.int32(), mask=~ok),
-        "bucket": pa.array(
-            [f"512x{32 * round(512 * w / h / 32)}" for w, h in zip(width, height, strict=True)], mask=~ok
-        ),
+        "bucket": pa.array([f"512x{32 * round(512 * w / h / 32)}" for w, h in sizes], mask=~ok),
         "status": np.where(ok, "ok", why),
         "error": pa.array([FAILURES[one] for one in why], mask=ok),
-        "mask": masks,
+        "mask": [mask if fine else None for mask, fine in zip(drawn, ok, strict=True)],
         "classes": classes,
         "confidence": pa.array(rng.beta(8, 2, images).astype(np.float32), mask=~ok),
         "entropy": pa.array(rng.gamma(2, 0.2, images).astype(np.float32), mask=~ok),

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def test_a_file_of_several_pieces_is_put_whole_and_replaces_what_was_there(store
     assert store.names("a") == ["large"]
     store.put_file("a/large", Path(__file__))
     assert store.read("a/large") == Path(__file__).read_bytes()
+
+
+def test_a_store_says_when_objects_were_put(store):
+    before = time.time()
+    store.put("a/one", b"1")
+    store.put("a/deeper/two", b"2")
+    times = store.times("a")
+    assert before - 2 <= times["one"] <= time.time() + 2  # S3 knows whole seconds
+    assert set(times) <= {"one", "deeper"}
+    assert store.times("nowhere") == {}
 
 
 def test_only_one_of_many_writers_of_a_new_object_wins(store):
