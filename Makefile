@@ -15,7 +15,7 @@ demo: .venv/installed  ## Draw a small collection, segment it here, show the tab
 	$(BIN)/swath demo .demo
 
 monitor: .venv/installed  ## Watch a demo in a real Prometheus (installed with apt where it is missing) until Ctrl-C
-	$(BIN)/python infra/local/prometheus.py --target 9096 -- \
+	$(BIN)/python -m infra.local.prometheus --target 9096 -- \
 	  $(BIN)/swath demo .demo --images 200 --metrics-port 9096 --metrics-linger 5
 
 test: .venv/developing  ## Run every test, on a real Ray and a real S3 server (installed with apt where it is missing)

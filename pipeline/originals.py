@@ -67,15 +67,20 @@ class Originals:
         except ContainerError as error:
             raise ImageError(str(error), image.uri, "unreadable") from None
 
-    def decode(self, run: str, uri: str, data: bytes, height: int, width: int) -> np.ndarray:
-        """Upright RGB, uint8 (height, width, 3), of which the mask is. Raises `ImageError`."""
-        settings = self.records[run]["settings"]
+    def decode(
+        self, run: str, uri: str, data: bytes, height: int, width: int, enough: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """Upright RGB, uint8 (height, width, 3), of which the mask is. Raises `ImageError`.
+
+        Where a smaller (height, width) is `enough` it may be one, but not smaller than that.
+        """
+        allow_truncated = self.records[run]["settings"]["allow_truncated"]
         try:
-            pixels = decode(data, settings["max_pixels"], allow_truncated=settings["allow_truncated"]).pixels
+            found = decode(data, height * width, lambda *_: enough, allow_truncated)
         except DecodeError as error:
             raise ImageError(f"{ANOTHER}: {error}", uri, "changed") from None
-        check_size(uri, pixels.shape[:2], (height, width))
-        return pixels
+        check_size(uri, (found.height, found.width), (height, width))
+        return found.pixels
 
     def is_whole(self, run: str, data: bytes) -> bool:
         """Whether no part of an image is lost, which only runs that allow it have to find out."""

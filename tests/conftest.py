@@ -2,9 +2,8 @@
 
 import os
 import shutil
-import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from infra.local.s3_server import PACKAGES, S3Server, missing_programs, s3_server
+from infra.local.debian import install_missing
+from infra.local.s3_server import PROGRAMS, S3Server, s3_server
 from model.checkpoint import save_huggingface
 from model.labels import label_set
 from model.segformer import Segformer, variant
@@ -36,8 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server, whose address and keys are in the environment. Installed where it is missing."""
-    if missing_programs():
-        install_s3_server()
+    installed(PROGRAMS)
     with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
         patch.delenv("AWS_SESSION_TOKEN", raising=False)
         for name, value in server.environment().items():
@@ -51,15 +50,12 @@ def a_ray_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
-def install_s3_server() -> None:
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        why = f"no S3 server: {', '.join(missing_programs())} not found, and no root or no apt to install {PACKAGES}"
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
-        subprocess.run(["apt-get", *command], check=True, env=environment)
+def installed(programs: Mapping[str, str]) -> None:
+    """See that programs are there, whose packages are given; a test may be skipped for want of one, but not in CI."""
+    try:
+        install_missing(programs)
+    except RuntimeError as error:
+        pytest.fail(str(error)) if os.environ.get("CI") else pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A real Prometheus on this machine, with the rules and alerts of infra/monitoring, that watches runs.
 
-    python infra/local/prometheus.py [--port PORT] [--target PORT] [-- COMMAND ...]
+    python -m infra.local.prometheus [--port PORT] [--target PORT] [-- COMMAND ...]
 
 It listens on loopback only, scrapes 127.0.0.1:TARGET each second, where a run serves its metrics with --metrics-port,
 and prints the page to open. COMMAND, if there is one, runs beside it. Ctrl-C ends both; what was scraped is in a
@@ -10,8 +10,6 @@ temporary folder and goes with them. Needs Debian's package, which root has inst
 import argparse
 import contextlib
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +25,9 @@ from typing import Any
 
 import yaml
 
-PACKAGES = ("prometheus",)
+from infra.local.debian import install_missing
+
+PROGRAMS = {"prometheus": "prometheus"}  # and Debian's package that brings it
 MONITORING = Path(__file__).parents[1] / "monitoring"
 GRAPHS = (  # of the page, from the top
     "{__name__=~'swath:images_done|swath_planned_images'}",
@@ -113,24 +113,9 @@ def wait_until_ready(server: Prometheus, process: subprocess.Popen, log: Path, s
     raise RuntimeError(f"prometheus did not start: {log.read_text().strip()[-500:] or 'it said nothing'}")
 
 
-def install(packages: tuple[str, ...] = PACKAGES) -> None:
-    """Install what is missing, but no service. Raises RuntimeError with the remedy where that is not for us to do."""
-    command = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages]
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise RuntimeError(f"not installed: {', '.join(packages)}; sudo apt-get install {' '.join(packages)}")
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for step in (["apt-get", "update", "-qq"], command):
-        done = subprocess.run(step, check=False, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(step)} failed: {done.stderr.strip()[-300:]}")
-    if shutil.which("systemctl"):  # Debian's packages start services of their own, on all addresses
-        subprocess.run(["systemctl", "disable", "--now", *packages], check=False, env=environment, capture_output=True)
-
-
 def watch(port: int, target: int, command: list[str]) -> int:
     """Run Prometheus, and the command beside it, until Ctrl-C; the command's exit code."""
-    if not shutil.which("prometheus"):
-        install()
+    install_missing(PROGRAMS)
     code = 0
     with (
         tempfile.TemporaryDirectory(prefix="swath-prometheus-") as folder,

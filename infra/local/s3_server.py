@@ -25,7 +25,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
+PROGRAMS = {  # that are needed, and Debian's packages that bring them
+    "radosgw": "radosgw",
+    "radosgw-admin": "radosgw",
+    "ceph": "ceph-mon",
+    "ceph-mon": "ceph-mon",
+    "monmaptool": "ceph-mon",
+    "ceph-osd": "ceph-osd",
+}
 REGION = "us-east-1"
 
 CONFIGURATION = """
@@ -134,11 +141,9 @@ def s3_server(folder: Path, port: int | None = None, capacity: int = 4 << 30) ->
 
     `capacity` in bytes is a sparse file. Raises RuntimeError with the daemon's words when one does not start.
     """
-    missing = missing_programs()
-    if missing:
-        raise RuntimeError(
-            f"{', '.join(missing)} not found; apt-get install --no-install-recommends {' '.join(PACKAGES)}"
-        )
+    if missing := [program for program in PROGRAMS if not shutil.which(program)]:
+        packages = " ".join(sorted(set(PROGRAMS.values())))
+        raise RuntimeError(f"{', '.join(missing)} not found; apt-get install --no-install-recommends {packages}")
     port, monitor_port = port or free_port(), free_port()
     folder.mkdir(parents=True, exist_ok=True)
     fsid, configuration = uuid.uuid4(), folder / "ceph.conf"
@@ -181,12 +186,6 @@ def s3_server(folder: Path, port: int | None = None, capacity: int = 4 << 30) ->
     finally:
         for daemon in ("client.rgw", "osd.0", "mon.a"):
             end(folder / f"{daemon}.pid")
-
-
-def missing_programs() -> list[str]:
-    """The programs that the server needs and this machine lacks."""
-    programs = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "monmaptool")
-    return [program for program in programs if shutil.which(program) is None]
 
 
 def free_port() -> int:

@@ -7,12 +7,9 @@ However large an image and its mask are, their copies have a bounded number of b
 
 import base64
 import io
-import math
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from glob import escape
 from typing import Any
 
 import duckdb
@@ -21,14 +18,13 @@ from PIL import Image
 
 from model.labels import Colour, colour
 from pipeline.attempts import reason
-from pipeline.commit import SHARD, PlanFiles, Run
-from pipeline.containers import Images
-from pipeline.decode import decode
+from pipeline.commit import SHARD, Run
 from pipeline.masks import PALETTE_COLOURS, decode_mask
+from pipeline.originals import ImageError, Originals
 from pipeline.plan import PlannedImage
 from pipeline.query import root
-from pipeline.reader import ChangedError, Reader
 from pipeline.storage import Store
+from pipeline.views import in_pattern
 
 SIDE = 420  # pixels of the longer side of a copy, at most
 IMAGE_BYTES, MASK_BYTES = 32_000, 20_000  # of a copy, at most
@@ -36,6 +32,8 @@ QUALITIES = (80, 65, 50, 35, 20)  # of WebP, until it fits
 NAMED = 6  # classes of one picture
 AT_ONCE = 4  # pictures, each of which is held whole
 PATIENCE = 10  # seconds for a store that does not give an image, as there are others
+GONE = {"missing": "The image is gone", "changed": "The image is another one by now"}
+NOT_FINISHED = {"settings": {"image_column": None, "allow_truncated": False}}  # for a record that is not there yet
 OTHERS = (128, 128, 128)  # the colour of the rarest classes of a mask with more than a palette holds
 
 Place = tuple[str, str]  # run id and URI of a row
@@ -135,16 +133,15 @@ def read_rows(output: Store, tables: duckdb.DuckDBPyConnection, chosen: Sequence
     places = sorted({place for one in chosen for _, place in one.places})
     if not places:
         return []
-    where = escape(root(output)).replace("'", "''")
     run_ids, uris = ([place[part] for place in places] for part in (0, 1))
-    answer = tables.execute(ROWS.format(root=where), {"runs": run_ids, "uris": uris})
+    answer = tables.execute(ROWS.format(root=in_pattern(root(output))), {"runs": run_ids, "uris": uris})
     names = [column[0] for column in answer.description or ()]
     return [dict(zip(names, values, strict=True)) for values in answer.fetchall()]
 
 
 def draw(output: Store, rows: Sequence[dict[str, Any]], drawn: Callable[[int, int], None]) -> dict[Place, Picture]:
     """The pictures of rows. `drawn` hears how many are ready, and of how many."""
-    source = Source(output)
+    source = Source(output, {row["run_id"] for row in rows})
     pictures: dict[Place, Picture] = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for row, picture in zip(rows, pool.map(lambda row: draw_row(row, source), rows), strict=True):
@@ -175,10 +172,8 @@ def draw_row(row: dict[str, Any], source: "Source") -> Picture:
         trouble = f"Its mask cannot be read ({type(error).__name__})."
     try:
         image = data_url("webp", small_image(source.pixels(row, width, height), width, height))
-    except FileNotFoundError:
-        trouble = trouble or "The image is gone: its mask alone."
-    except ChangedError:
-        trouble = trouble or "The image is another one by now: the mask alone."
+    except ImageError as error:
+        trouble = trouble or f"{GONE.get(error.status, 'The image cannot be read')}: the mask alone."
     except Exception as error:  # whatever has become of the store, the plan or the image since
         trouble = trouble or f"The image cannot be read now ({type(error).__name__}: {reason(error)}): the mask alone."
     classes = row["classes"]
@@ -202,47 +197,27 @@ def draw_row(row: dict[str, Any], source: "Source") -> Picture:
 class Source:
     """The images of an output's rows, in the version that was segmented. Many threads may use one."""
 
-    def __init__(self, output: Store):
+    def __init__(self, output: Store, runs: Iterable[str]):
         settings = output.settings
-        patience = min(settings.retry_seconds, PATIENCE)
-        self.output = output
-        self.reader = Reader(settings.model_copy(update={"retry_seconds": patience}))
-        self.settings: dict[str, dict[str, Any]] = {}  # of runs, from their records
-        self.plans: dict[str, PlanFiles | None] = {}  # of runs; None where there is none any more
-        self.images: dict[str | None, Images] = {}  # by the column that they are in
-        self.lock = threading.Lock()
+        impatient = settings.model_copy(update={"retry_seconds": min(settings.retry_seconds, PATIENCE)})
+        records = {run: Run(output, run).record() or NOT_FINISHED for run in runs}
+        self.originals = Originals(Store(output.uri(""), impatient), records)
 
     def pixels(self, row: dict[str, Any], width: int, height: int) -> np.ndarray:
         """uint8 (H, W, 3), at least as large as `width` and `height` want, which JPEGs are not much more than.
 
-        Raises `ChangedError`, FileNotFoundError, `DecodeError`, `ContainerError`, or another of `attempts.ERRORS`.
+        Raises `ImageError`, or one of `attempts.ERRORS`.
         """
-        run, size = Run(self.output, row["run_id"]), (row["width"], row["height"])
-        with self.lock:
-            if run.id not in self.settings:
-                self.settings[run.id] = (run.record() or {}).get("settings", {})
-            settings = self.settings[run.id]
-            column = settings.get("image_column")
-            images = self.images.setdefault(column, Images(self.reader, column))
-        data = images.fetch(self.planned(row))
-        decoded = decode(data, math.prod(size), lambda *_: (height, width), settings.get("allow_truncated", False))
-        if (decoded.width, decoded.height) != size:
-            raise ChangedError(row["uri"])
-        return decoded.pixels
+        run, uri = row["run_id"], row["uri"]
+        data = self.originals.fetch(run, self.planned(row))
+        return self.originals.decode(run, uri, data, row["height"], row["width"], (height, width))
 
     def planned(self, row: dict[str, Any]) -> PlannedImage:
-        """What the plan says of an image that may lie in a file with others: where."""
+        """What the plan says of an image that lies in a file with others: where."""
         shard = SHARD.fullmatch(row["filename"].rpartition("/")[2])
-        if "#" in row["uri"] and shard and (plan := self.plan(row["run_id"])):
-            return plan.images(int(shard[1]))[row["file_row_number"]]
+        if "#" in row["uri"] and shard:
+            return self.originals.planned(row["run_id"], int(shard[1]))[row["file_row_number"]]
         return PlannedImage(row["uri"], row["etag"], row["bytes"], None, None, None)
-
-    def plan(self, run_id: str) -> PlanFiles | None:
-        run = Run(self.output, run_id)
-        with self.lock:
-            if run_id not in self.plans:
-                self.plans[run_id] = PlanFiles(run) if run.contents() else None
-            return self.plans[run_id]
 
 
 def small_image(pixels: np.ndarray, width: int, height: int) -> bytes:

@@ -28,12 +28,12 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from infra.local.prometheus import GRAPHS, Prometheus, install, prometheus
+from infra.local.prometheus import GRAPHS, Prometheus, prometheus
 from pipeline.config import SegmentSettings
 from pipeline.metrics import LAST_COMMIT, NIGHTLY, Metrics
 from pipeline.nightly import nightly
 from pipeline.run import segment
-from tests.conftest import Quiet, draw_image, spoil
+from tests.conftest import Quiet, draw_image, installed, spoil
 from tests.infra.manifests import ROOT
 from tests.pipeline.sleeper import Sleeper
 
@@ -47,7 +47,7 @@ RECORDED = {rule["record"]: rule["expr"] for rule in RULES if "record" in rule}
 ALERTS = {rule["alert"]: rule["expr"] for rule in RULES if "alert" in rule}
 IMAGES = 60
 PACE = 0.15  # seconds that the device takes for each
-PACKAGES = {"prometheus": "prometheus", "promtool": "prometheus", "amtool": "prometheus-alertmanager"}
+PROGRAMS = {"prometheus": "prometheus", "promtool": "prometheus", "amtool": "prometheus-alertmanager"}
 # what Grafana's types are, as of the Grafana of compose.yaml
 GRAFANA = {"@grafana/schema": "12.3.0", "typescript": "5.9.3"}
 
@@ -55,16 +55,7 @@ GRAFANA = {"@grafana/schema": "12.3.0", "typescript": "5.9.3"}
 @pytest.fixture(scope="session")
 def tools() -> None:
     """Debian's packages, installed where they are missing."""
-    install_missing(PACKAGES)
-
-
-def install_missing(programs: dict[str, str]) -> None:
-    missing = {package for program, package in programs.items() if not shutil.which(program)}
-    try:
-        if missing:
-            install(tuple(missing))
-    except RuntimeError as error:
-        pytest.fail(str(error)) if os.environ.get("CI") else pytest.skip(str(error))
+    installed(PROGRAMS)
 
 
 def said_by(*command: str, given: str = "", code: int = 0) -> str:
@@ -198,9 +189,9 @@ def test_the_page_of_the_monitor_asks_for_what_is_there(watched):
 
 
 def monitor(*command: str, **options: Any) -> subprocess.Popen:
-    program = [sys.executable, str(ROOT / "infra/local/prometheus.py"), "--port", str(port_of_nobody())]
+    program = [sys.executable, "-m", "infra.local.prometheus", "--port", str(port_of_nobody())]
     return subprocess.Popen(
-        [*program, "--", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [*program, "--", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
 
 
@@ -357,7 +348,7 @@ def grafana_types(tmp_path_factory: pytest.TempPathFactory) -> Path:
     versions = "-".join(GRAFANA.values())
     folder = Path(os.environ.get("VIRTUAL_ENV") or ROOT / ".venv") / f"grafana-types-{versions}"
     if not (folder / "node_modules/.bin/tsc").exists():
-        install_missing({"npm": "npm"})
+        installed({"npm": "npm"})
         made = tmp_path_factory.mktemp("npm", numbered=True)
         packages = [f"{name}@{version}" for name, version in GRAFANA.items()]
         command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent", *packages]

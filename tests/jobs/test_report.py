@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tarfile
 import tomllib
 from collections.abc import Iterator
@@ -38,9 +37,8 @@ from pipeline.run import segment
 from pipeline.schema import encode_shard
 from pipeline.storage import Store
 from pipeline.submission import SENT
-from tests.conftest import Quiet
+from tests.conftest import Quiet, installed
 
-CHROMIUM = "/usr/bin/chromium"
 LABELS = label_set(list(CLASSES), list(PALETTE))
 LOOKS = [(1280, "light"), (1280, "dark"), (360, "light"), (390, "dark")]
 ODD = [
@@ -56,25 +54,13 @@ ODD = [
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """Debian's Chromium. Installed where it is missing."""
-    if not Path(CHROMIUM).exists():
-        install_chromium()
+    installed({"chromium": "chromium"})
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         )
         yield browser
         browser.close()
-
-
-def install_chromium() -> None:
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        why = f"no {CHROMIUM}, and no root or no apt to install it"
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", "chromium"]):
-        subprocess.run(["apt-get", *command], check=True, env=environment)
 
 
 class Opened:
