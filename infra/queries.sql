@@ -43,9 +43,8 @@ FROM class_stats GROUP BY name ORDER BY confidence, name;
 SELECT name, max(fraction) AS share, arg_min(uri, (-fraction, uri)) AS uri
 FROM class_stats GROUP BY name ORDER BY share DESC, name;
 
--- What failed, and why? Names and numbers in a reason are left out, so that alike ones are one.
-SELECT status, regexp_replace(regexp_replace(error, '''[^'']*''|"[^"]*"|\w+://\S+', '…', 'g'), '\d+', 'N', 'g') AS reason,
-  count(*) AS images, min(uri) AS example
+-- What failed, and why? Names, identifiers and numbers in a reason are left out, so that alike ones are one.
+SELECT status, reason, count(*) AS images, min(uri) AS example
 FROM failures GROUP BY status, reason ORDER BY images DESC, status, reason;
 
 -- Where does it fail: which share of the images below each folder or prefix has no mask?

@@ -154,8 +154,3 @@ def print_statuses(console: Console, statuses: Mapping[str, int], reasons: Mappi
 def segment_files(output: str) -> str:
     """A pattern for the segments table of an output, whatever that is called."""
     return f"{glob.escape(output.rstrip('/'))}/segments/*/*.parquet"
-
-
-def sql_text(text: str) -> str:
-    """`text` as an SQL literal."""
-    return "'" + text.replace("'", "''") + "'"

@@ -17,6 +17,7 @@ every question of a file is put, infra/queries.sql in this project's folder for 
 """
 
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -26,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
-from jobs.display import size, sql_text
+from jobs.display import size
 from pipeline.config import ConfigurationError, QuerySettings
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 SETTINGS = QuerySettings
 ROWS_SHOWN = 200
+LOOK: dict[str, Any] = {"box": None, "header_style": "bold", "pad_edge": False}
 LENGTH_SHOWN = 60  # characters of a cell that is no text
 COPIED = {"csv": "FORMAT csv, HEADER", "json": "FORMAT json, ARRAY true", "parquet": "FORMAT parquet"}
 
@@ -51,11 +54,11 @@ def run(settings: QuerySettings) -> int:
         with connect(Store(settings.output, settings)) as tables:
             if not asked:
                 print_views(tables)
-            elif settings.format == "table":
-                for question in asked:
+            for question in asked:
+                if settings.format == "table":
                     print_answer(tables, question)
-            elif (answer := ask(tables, asked[0].sql)) is not None:
-                copy(answer, settings.format)
+                elif (answer := ask(tables, question.sql)) is not None:
+                    copy(answer, settings.format)
     except BrokenPipeError:  # whoever reads this has seen enough: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -63,7 +66,7 @@ def run(settings: QuerySettings) -> int:
 
 def read_questions(settings: QuerySettings) -> list["Question"]:
     """What is to be asked: the SQL of the settings, or that of their file. Raises `ConfigurationError`."""
-    from pipeline.query import Question, questions
+    from pipeline.query import Question, gives_rows, questions
 
     if settings.sql and settings.file:
         raise ConfigurationError("give SQL or --file, not both")
@@ -72,13 +75,14 @@ def read_questions(settings: QuerySettings) -> list["Question"]:
     if not settings.file:
         return [Question("", settings.sql)] if settings.sql.strip() else []
     try:
-        found = list(questions(Path(settings.file).read_text(encoding="utf-8")))
+        found = list(questions(Path(settings.file).read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"file: {settings.file} cannot be read ({error})") from None
     if not found:
         raise ConfigurationError(f"file: {settings.file} has no SQL")
-    if len(found) > 1 and settings.format != "table":
-        raise ConfigurationError(f"format: {settings.format} is for one question, {settings.file} has {len(found)}")
+    answers = sum(gives_rows(question.sql) for question in found)
+    if answers > 1 and settings.format != "table":
+        raise ConfigurationError(f"format: {settings.format} is for one question, {settings.file} has {answers}")
     return found
 
 
@@ -86,7 +90,7 @@ def print_views(tables: "duckdb.DuckDBPyConnection") -> None:
     """Which views there are, and what they hold."""
     found = tables.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal ORDER BY 1").fetchall()
     for (view,) in found:
-        table = Table(view, Column(no_wrap=True), box=None, header_style="bold", pad_edge=False)
+        table = Table(view, Column(no_wrap=True), **LOOK)
         for name, kind, *_ in tables.execute(f"DESCRIBE {view}").fetchall():
             table.add_row(name, escape(kind))
         print_whole(table)
@@ -95,7 +99,7 @@ def print_views(tables: "duckdb.DuckDBPyConnection") -> None:
 
 def print_answer(tables: "duckdb.DuckDBPyConnection", question: "Question") -> None:
     """A question's title, the first rows of its answer, and what it has cost."""
-    from pipeline.query import ask, bytes_read
+    from pipeline.query import ask, bytes_read, printable
 
     console, told = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
     began = time.perf_counter()
@@ -103,13 +107,15 @@ def print_answer(tables: "duckdb.DuckDBPyConnection", question: "Question") -> N
         return
     if question.title:
         console.print(escape(question.title), style="bold")
-    table = Table(*map(escape, answer.schema.names), box=None, header_style="bold", pad_edge=False)
+    table = Table(*(Column(Text(printable(name))) for name in answer.schema.names), **LOOK)
     for column, field in zip(table.columns, answer.schema, strict=True):
         column.justify, column.no_wrap = ("right" if is_number(field.type) else "left"), True
     rows = 0
     for batch in answer:
-        for row in batch.slice(0, max(0, ROWS_SHOWN - rows)).to_pylist(maps_as_pydicts="lossy"):
-            table.add_row(*(escape(cell(value)) for value in row.values()))
+        shown = batch.slice(0, max(0, ROWS_SHOWN - rows))
+        values = (column.to_pylist(maps_as_pydicts="lossy") for column in shown.columns)
+        for row in zip(*values, strict=True):
+            table.add_row(*(Text(cell(value)) for value in row))
         rows += len(batch)
     seconds = time.perf_counter() - began
     print_whole(table)
@@ -133,29 +139,34 @@ def is_number(kind: "pa.DataType") -> bool:
 
 
 def cell(value: Any) -> str:
-    """A value for a person: control characters, which a terminal would obey, are spelled out."""
+    """A value for a person, on one line."""
+    from pipeline.query import printable
+
     match value:
         case None:
             return ""
         case str():
-            return "".join(one if one.isprintable() else repr(one)[1:-1] for one in value)
+            return printable(value).replace("\n", "\\n")
         case bytes():
             return size(len(value))
         case float():
             return f"{value:.6g}"
-    text = str(value)
+    text = printable(str(value)).replace("\n", "\\n")
     return text if len(text) <= LENGTH_SHOWN else text[: LENGTH_SHOWN - 1] + "…"
 
 
 def copy(answer: "pa.RecordBatchReader", form: str) -> None:
-    """Write an answer to the standard output, as DuckDB writes it."""
+    """Write an answer to the standard output, as DuckDB writes it. Raises `QueryError` as `ask` does."""
     import duckdb
+
+    from pipeline.query import explained
+    from pipeline.views import sql_text
 
     with tempfile.TemporaryDirectory(prefix="swath-") as folder, duckdb.connect() as writer:
         path = Path(folder, "answer")
         writer.register("answer", answer)
-        writer.execute(f"COPY answer TO {sql_text(str(path))} ({COPIED[form]})")
+        with explained():
+            writer.execute(f"COPY answer TO {sql_text(str(path))} ({COPIED[form]})")
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                sys.stdout.buffer.write(block)
+            shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()

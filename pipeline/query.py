@@ -4,10 +4,12 @@ Of local files DuckDB maps what it wants; those of an object store are read as e
 credentials and patience, and never a byte more than DuckDB asks for.
 """
 
+import contextlib
 import fnmatch
 import itertools
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +24,13 @@ from fsspec import AbstractFileSystem
 from pipeline.config import ConfigurationError
 from pipeline.reader import ObjectFile, Reader
 from pipeline.storage import Store
-from pipeline.views import local_root, views_at
+from pipeline.views import local_root, sql_text, views_at
 
 PROTOCOL = "swath"  # of an output that is reached through `OutputFiles`
 REQUESTS = 32  # in flight to an object store
 ROWS = 10_000  # of a batch of an answer
+FAILED = (duckdb.IOException, duckdb.OutOfMemoryException, duckdb.InternalException)  # which no other SQL would mend
+OF_FILES = ("IO Error", "HTTP Error", "Out of Memory Error", "INTERNAL Error")
 
 
 class QueryError(ConfigurationError):
@@ -41,13 +45,15 @@ class Question:
     sql: str
 
 
-def connect(output: Store) -> duckdb.DuckDBPyConnection:
+@contextlib.contextmanager
+def connect(output: Store) -> Iterator[duckdb.DuckDBPyConnection]:
     """A DuckDB of its own with the views of an output. Raises `ConfigurationError` where that has no rows."""
-    tables = duckdb.connect()
-    tables.execute("SET preserve_insertion_order = false")
-    tables.execute("SET enable_profiling = 'no_output'")  # for `bytes_read`
-    make_views(tables, output)
-    return tables
+    with tempfile.TemporaryDirectory(prefix="swath-") as folder, duckdb.connect() as tables:
+        tables.execute(f"SET temp_directory = {sql_text(folder)}")  # else the current folder, where one sorts much
+        tables.execute("SET preserve_insertion_order = false")
+        tables.execute("SET enable_profiling = 'no_output'")  # for `bytes_read`
+        make_views(tables, output)
+        yield tables
 
 
 def make_views(tables: duckdb.DuckDBPyConnection, output: Store) -> None:
@@ -55,7 +61,7 @@ def make_views(tables: duckdb.DuckDBPyConnection, output: Store) -> None:
     if not output.names("segments"):
         raise ConfigurationError(f"{output.url}: no segments are here; give the OUTPUT of swath segment")
     tables.execute("SET autoinstall_known_extensions = false")  # nothing is loaded from anywhere without being asked
-    if not output.is_local:
+    if not is_plain_path(output):
         tables.register_filesystem(OutputFiles(output))
         tables.execute(f"SET threads = {REQUESTS}")  # which wait most of the time
     tables.execute(views_at(output, root(output)))
@@ -63,25 +69,64 @@ def make_views(tables: duckdb.DuckDBPyConnection, output: Store) -> None:
 
 def root(output: Store) -> str:
     """Where DuckDB reaches the files of an output, once connected."""
-    return local_root(output) if output.is_local else f"{PROTOCOL}://"
+    return local_root(output) if is_plain_path(output) else f"{PROTOCOL}://"
+
+
+def is_plain_path(output: Store) -> bool:
+    """Whether DuckDB finds the files by itself, as it does on this machine, but not behind a name with a backslash."""
+    return output.is_local and "\\" not in output.root
 
 
 def ask(tables: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader | None:
-    """The answer to the last of the statements in `sql`, as it comes; None where that has none. Raises `QueryError`."""
-    try:
-        statements = tables.extract_statements(sql)
-        if not statements:
-            raise QueryError("this SQL has no statement")
+    """The answer to the last of the statements in `sql`, as it comes; None where that has none.
+
+    Raises `QueryError`, now and while it comes.
+    """
+    with explained():
+        has_rows = gives_rows(sql)
         answer = tables.sql(sql)
-        has_rows = statements[-1].expected_result_type != [duckdb.ExpectedResultType.NOTHING]
-        return answer.to_arrow_reader(ROWS) if answer and has_rows else None
-    except duckdb.Error as error:
-        raise QueryError(str(error).strip()) from None
+    if answer is None or not has_rows:
+        return None
+    with explained():
+        reader = answer.to_arrow_reader(ROWS)
+    return pa.RecordBatchReader.from_batches(reader.schema, coming(reader))
+
+
+def coming(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    with explained():
+        yield from reader
+
+
+def gives_rows(sql: str) -> bool:
+    """Whether the last statement has an answer. Raises `QueryError` where there is none, or no SQL."""
+    with explained():
+        statements = duckdb.extract_statements(sql)
+    if not statements:
+        raise QueryError("this SQL has no statement")
+    return bool(statements[-1].expected_result_type != [duckdb.ExpectedResultType.NOTHING])
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """A block in which what DuckDB says of the SQL is a `QueryError`, and what it says of files stays as it is."""
+    try:
+        yield
+    except (duckdb.Error, OSError) as error:  # an OSError of Arrow has DuckDB's words
+        said = str(error).strip()
+        if isinstance(error, FAILED) or said.startswith(OF_FILES) or "Traceback" in said:
+            raise
+        raise QueryError(printable(said)) from None
+
+
+def printable(text: str) -> str:
+    """`text` with all but line ends spelled out that a terminal would obey: it may come from a name."""
+    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
 
 
 def bytes_read(tables: duckdb.DuckDBPyConnection) -> int:
     """What the statement that ran last has read of files; its answer has to be taken whole before."""
-    return json.loads(tables.get_profiling_information(format="json"))["io"]["total_bytes_read"]
+    found = json.loads(tables.get_profiling_information(format="json"))
+    return found.get("io", {}).get("total_bytes_read", 0)  # of some, as DESCRIBE, nothing is known
 
 
 def questions(text: str) -> Iterator[Question]:

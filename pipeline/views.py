@@ -45,6 +45,9 @@ CREATE OR REPLACE VIEW deletions AS
 NONE_GONE = """
 CREATE OR REPLACE VIEW deletions AS
   SELECT NULL::VARCHAR AS uri, NULL::TIMESTAMP AS noticed WHERE false;"""
+# an error without what differs from image to image: names, long identifiers, numbers
+REASON = r"""regexp_replace(regexp_replace(regexp_replace(error,
+    '''[^'']*''|"[^"]*"|\b\w+://\S+', '…', 'g'), '\b[0-9a-fA-F-]{16,}\b', '…', 'g'), '\d+', 'N', 'g')"""
 PLACES = "(SELECT run_id, row_number() OVER (ORDER BY finished, run_id) AS place FROM runs)"
 # written out twice, as DuckDB reads every column of what is joined with a CTE that it keeps
 CURRENT = """
@@ -61,7 +64,8 @@ CREATE OR REPLACE VIEW class_stats AS
   FROM current;"""
 FAILURES = """
 CREATE OR REPLACE VIEW failures AS
-  SELECT uri, status, error, format, bytes, width, height, model_version, run_id FROM current WHERE status <> 'ok';"""
+  SELECT uri, status, {reason} AS reason,
+    error, format, bytes, width, height, model_version, run_id FROM current WHERE status <> 'ok';"""
 
 
 def views(output: Store) -> str:
@@ -78,9 +82,16 @@ def views_at(output: Store, root: str) -> str:
     """The same where the engine that is asked reaches the output at `root`, a path or URL."""
     deletions = GONE if output.names(FOLDER) else NONE_GONE
     parts = "\n".join([SEGMENTS, RUNS, deletions, CURRENT, CLASS_STATS, FAILURES])
-    return parts.format(root=in_pattern(root), folder=FOLDER, places=PLACES, record=json.dumps(RECORD)).lstrip()
+    return parts.format(
+        root=in_pattern(root), folder=FOLDER, places=PLACES, reason=REASON, record=json.dumps(RECORD)
+    ).lstrip()
 
 
 def in_pattern(root: str) -> str:
     """A path or URL as it stands in a pattern in an SQL literal, whatever it is called."""
     return escape(root).replace("'", "''")
+
+
+def sql_text(text: str) -> str:
+    """`text` as an SQL literal."""
+    return "'" + text.replace("'", "''") + "'"

@@ -1,8 +1,6 @@
 """The page of `swath report`: its numbers, its pictures, and the template that shows them."""
 
-import tempfile
-
-from jobs.display import Display, sql_text
+from jobs.display import Display
 from jobs.page.figures import read_figures
 from jobs.page.gallery import choose, colours, draw, gather, read_rows
 from jobs.page.render import Page, render
@@ -30,8 +28,7 @@ FETCHED = (
 def make(settings: ReportSettings, display: Display) -> str:
     """The page of an output, as HTML. Raises `ConfigurationError` where that has no rows."""
     output = Store(settings.output, settings)
-    with tempfile.TemporaryDirectory(prefix="swath-") as folder, connect(output) as tables:
-        tables.execute(f"SET temp_directory = {sql_text(folder)}")
+    with connect(output) as tables:
         display.say(f"reading the rows of {output.url}")
         for statement in ONCE:
             tables.execute(statement)

@@ -20,6 +20,7 @@ from jobs.bench.outputs import write_output, write_run
 from pipeline.changes import DELETIONS
 from pipeline.config import StorageSettings
 from pipeline.query import Question, ask, connect, questions
+from pipeline.schema import encode_table
 from pipeline.seal import write_sealed
 from pipeline.storage import Store
 
@@ -72,10 +73,11 @@ class Facts:
         return pixels / sum(map(area, rows))
 
     def both(self) -> list[tuple[Row, Row]]:
-        """Images as the model before and the newest one have seen them."""
+        """Images as the model before and the newest one have seen them; not those that are another image since."""
         models = list(dict.fromkeys(run["model_version"] for run in reversed(self.runs.values())))
         now, before = (self.newest(model) for model in models[:2])
         pairs = [(before[uri], row) for uri, row in now.items() if uri in before]
+        pairs = [(old, new) for old, new in pairs if old["etag"] == new["etag"]]
         return [pair for pair in pairs if pair[0]["status"] == pair[1]["status"] == "ok"]
 
 
@@ -262,7 +264,8 @@ def output(tmp_path_factory) -> Path:
     """Three nights, the last of a new model; one that was interrupted, one that goes on; images that have gone."""
     folder = tmp_path_factory.mktemp("it's [an] output")
     write_output(folder, 1500, runs=3, labels=LABELS, prefix="s3://photos/it's")
-    write_run(folder, "unfinished", 50, 4, LABELS, "s3://photos/it's")
+    change(folder / "segments/run=night-3/shard-000000.parquet")
+    write_run(folder, "unfinished", 50, 4, LABELS, "s3://photos/it's", {})
     (folder / "runs/unfinished/run.json").unlink()
     record = folder / "runs/night-2/run.json"
     record.write_text(record.read_text().replace('"shards_done_before": 0', '"shards_done_before": 1'))
@@ -274,6 +277,14 @@ def output(tmp_path_factory) -> Path:
         data = write_sealed(pa.Table.from_pylist(rows, DELETIONS))
         (folder / f"deletions/part-{number:05d}.parquet").write_bytes(data)
     return folder
+
+
+def change(path: Path) -> None:
+    """Give some images of a shard another etag, as if they had been replaced."""
+    table = pq.ParquetFile(path).read()
+    etags = [f"other-{etag}" if at % 3 == 0 else etag for at, etag in enumerate(table["etag"].to_pylist())]
+    table = table.set_column(1, table.schema.field("etag"), [etags])
+    path.write_bytes(encode_table(table, {}))
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -305,9 +316,7 @@ def tables(output):
         yield tables
 
 
-@pytest.mark.parametrize(
-    ("question", "expected"), zip(QUESTIONS, EXPECTED, strict=True), ids=lambda part: getattr(part, "__name__", "")
-)
+@pytest.mark.parametrize(("question", "expected"), CASES, ids=[expected.__name__ for expected in EXPECTED])
 def test_a_question_has_the_answer_that_python_finds(question: Question, expected, tables, facts):
     answer = [tuple(row.values()) for row in ask(tables, question.sql).read_all().to_pylist()]
     computed = expected(facts)

@@ -49,6 +49,44 @@ def test_a_terminal_obeys_no_value(query):
     assert out.decode().splitlines()[1].split() == ["\\x1b[31mred\\nnext", "1", "B"]
 
 
+def test_an_answer_without_rows_is_still_an_answer(query):
+    sql = "SELECT uri, bytes FROM current WHERE false"
+    _, out, errors = query(sql)
+    assert (out.decode().split(), errors.split()[:2]) == (["uri", "bytes"], ["0", "rows"])
+    assert query(sql, "--format", "csv")[1] == b"uri,bytes\n"
+    assert json.loads(query(sql, "--format", "json")[1]) == []
+    assert pq.read_table(io.BytesIO(query(sql, "--format", "parquet")[1])).column_names == ["uri", "bytes"]
+
+
+def test_columns_of_one_name_stand_each_under_its_own(query):
+    _, out, _ = query("SELECT 'left' AS uri, 'right' AS uri, 'run' AS run_id")
+    assert [line.split() for line in out.decode().splitlines()] == [["uri", "uri", "run_id"], ["left", "right", "run"]]
+
+
+@pytest.mark.parametrize("sql", ["DESCRIBE current", "SUMMARIZE runs", "EXPLAIN SELECT 1", "SHOW TABLES"])
+def test_statements_that_read_no_rows_are_answered(query, sql):
+    code, out, errors = query(sql)
+    assert (code, "Traceback" in errors) == (0, False)
+    assert out
+
+
+def test_a_name_or_an_error_made_of_data_moves_no_terminal(query):
+    _, out, _ = query("PIVOT (SELECT chr(27) || '[31m' AS x, 1 AS y) ON x USING sum(y)")
+    assert out.decode().splitlines()[0].strip() == "\\x1b[31m"
+    for arguments in ([], ["--format", "csv"]):
+        code, _, errors = query("SELECT CAST(chr(27) || uri AS INT) FROM segments", *arguments)
+        assert code == 2
+        assert "\\x1bs3://" in errors
+        assert "\x1b" not in errors
+
+
+def test_what_fails_while_rows_come_is_said_as_what_fails_before(query):
+    for arguments in ([], ["--format", "json"]):
+        code, _, errors = query("SELECT CAST(uri AS INT) FROM segments WHERE uri LIKE '%499.jpg'", *arguments)
+        assert (code, "Traceback" in errors) == (2, False)
+        assert "Could not convert string 's3://photos/" in errors
+
+
 def test_other_formats_have_every_row_in_order(query):
     sql = "SELECT uri, classes, mask, confidence FROM segments WHERE status = 'ok' ORDER BY uri"
     _, out, _ = query(sql, "--format", "parquet")
@@ -75,6 +113,8 @@ def test_a_file_of_questions_is_put_one_by_one(query, tmp_path):
     file.write_text("SET VARIABLE x = 7;\n\n-- What is [x]?\nSELECT getvariable('x') AS x;\n\nSELECT 8 AS y\n")
     code, out, _ = query("--file", str(file))
     assert (code, out.decode().split()) == (0, ["What", "is", "[x]?", "x", "7", "y", "8"])
+    file.write_text("\ufeffSET VARIABLE x = 7;\n\nSELECT getvariable('x') AS x;\n")
+    assert query("--file", str(file), "--format", "csv")[:2] == (0, b"x\n7\n")
 
 
 def test_what_is_wrong_is_said_with_exit_code_2(query, tmp_path):

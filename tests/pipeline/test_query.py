@@ -6,6 +6,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
+import duckdb
 import fsspec
 import pyarrow as pa
 import pytest
@@ -16,6 +17,8 @@ from pipeline.config import ConfigurationError, StorageSettings
 from pipeline.query import QueryError, SharedFile, ask, bytes_read, connect, questions
 from pipeline.seal import write_sealed
 from pipeline.storage import Store
+from pipeline.totals import generalised
+from pipeline.views import REASON
 
 LABELS = ("sky", "road", "car")
 QUESTIONS = (
@@ -79,7 +82,7 @@ def test_a_run_that_is_not_finished_and_an_image_that_has_gone_are_not_current(o
 
 
 def test_before_the_first_run_is_finished_its_rows_are_segments_and_nothing_is_current(tmp_path):
-    write_run(tmp_path, "first", 10, 0, LABELS, "s3://photos")
+    write_run(tmp_path, "first", 10, 0, LABELS, "s3://photos", {})
     (tmp_path / "runs/first/run.json").unlink()
     counts = answers(str(tmp_path), *(f"SELECT count(*) FROM {view}" for view in ("segments", "current", "runs")))
     assert counts == [[(10,)], [(0,)], [(0,)]]
@@ -137,13 +140,34 @@ def test_wrong_sql_says_where_and_an_output_without_rows_what_to_give(output, tm
                 ask(tables, sql)
         assert ask(tables, "SET VARIABLE x = 3") is None
         assert ask(tables, "SET VARIABLE x = 4; SELECT getvariable('x') AS x").read_all().to_pylist() == [{"x": 4}]
-    with pytest.raises(ConfigurationError, match="no segments are here"):
-        connect(Store(str(tmp_path), StorageSettings()))
+    with (
+        pytest.raises(ConfigurationError, match="no segments are here"),
+        connect(Store(str(tmp_path), StorageSettings())),
+    ):
+        pass
 
 
 def test_a_query_cannot_write_to_an_object_store(stored):
-    with connect(Store(stored, StorageSettings())) as tables, pytest.raises(QueryError):
+    with connect(Store(stored, StorageSettings())) as tables, pytest.raises((QueryError, duckdb.Error)):
         ask(tables, "COPY (SELECT 1) TO 'swath://segments/x.parquet'")
+
+
+def test_an_output_may_have_any_name(output, tmp_path):
+    for name in ("back\\slash", "a{b,c}[d]*?", "it's 100%20\n"):
+        (tmp_path / name).symlink_to(output)
+        assert answers(str(tmp_path / name), *QUESTIONS[:2]) == answers(str(output), *QUESTIONS[:2])
+
+
+def test_reasons_are_alike_in_sql_and_in_a_run_record():
+    errors = [
+        "cannot read 'a b.jpg': 3 of 17 bytes",
+        'tag "x" of s3://bucket/a/b.jpg?x=1 is damaged',
+        "object 7fa1c0de-12ab-34cd-9f00-00c0ffee4242 is gone",
+        "20000x14000 is over --max-pixels 100,000,000",
+    ]
+    rows = [{"error": error} for error in errors]
+    found = duckdb.connect().register("errors", pa.Table.from_pylist(rows)).sql(f"SELECT {REASON} FROM errors")
+    assert [reason for (reason,) in found.fetchall()] == list(map(generalised, errors))
 
 
 def test_an_sql_file_is_paragraphs_whose_comments_are_titles():
