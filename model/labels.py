@@ -18,8 +18,12 @@ class LabelSet:
 
 
 def label_set(names: list[str], palette: list[Colour] | None = None) -> LabelSet:
-    """Names with their colours; without a palette each class gets one that is far from its neighbours'."""
-    return LabelSet(tuple(names), tuple(palette) if palette else tuple(colour(i) for i in range(len(names))))
+    """Names with their colours; without a palette each class gets one that is far from its neighbours'.
+
+    A name that an earlier class has is told from it by its id, as classes are counted by name: "door (58)".
+    """
+    told = [f"{name} ({at})" if name in names[:at] else name for at, name in enumerate(names)]
+    return LabelSet(tuple(told), tuple(palette) if palette else tuple(colour(i) for i in range(len(names))))
 
 
 def colour(class_id: int) -> Colour:

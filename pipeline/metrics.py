@@ -332,6 +332,7 @@ class Hub:
     def last_words(self) -> list[Metric]:
         """All metrics but the last commit's, when the workers are done."""
         self.heard.clear()
+        self.devices.clear()
         return [metric for metric in self.registry.collect() if metric.name != LAST_COMMIT[0]]
 
     def snapshot(self) -> Snapshot:

@@ -11,7 +11,7 @@ import time
 from pipeline.config import NightlySettings, SegmentSettings, build
 from pipeline.endpoint import linger
 from pipeline.filesystems import public_url
-from pipeline.metrics import choose_port, nightly_done
+from pipeline.metrics import nightly_done
 from pipeline.run import Listener, Result, segment
 
 
@@ -26,5 +26,5 @@ def nightly(settings: NightlySettings, listener: Listener) -> list[Result]:
         results.append(segment(job, listener))
     if settings.metrics_linger:
         done = nightly_done(public_url(settings.output), time.time())
-        linger(settings, choose_port(settings), [done], listener)
+        linger(settings, settings.metrics_port, [done], listener)
     return [result for result in results if result.record]

@@ -32,12 +32,20 @@ def missing(programs: Mapping[str, str]) -> list[str]:
 
 
 def install(packages: list[str]) -> None:
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for step in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *packages]):
-        done = subprocess.run(["apt-get", *step], check=False, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"apt-get {' '.join(step)} failed: {done.stderr.strip()[-300:]}")
     services = [package for package in packages if package in OURS_TO_START]
+    systemctl("mask", "--runtime", services)
+    try:
+        for step in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *packages]):
+            environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+            done = subprocess.run(["apt-get", *step], check=False, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"apt-get {' '.join(step)} failed: {done.stderr.strip()[-300:]}")
+    finally:
+        systemctl("disable", "--quiet", services)
+        systemctl("unmask", "--runtime", services)
+
+
+def systemctl(verb: str, option: str, services: list[str]) -> None:
+    """Have systemd, where it runs, start none of these by itself."""
     if services and shutil.which("systemctl"):
-        command = ["systemctl", "disable", "--now", *services]
-        subprocess.run(command, check=False, env=environment, capture_output=True)
+        subprocess.run(["systemctl", verb, option, *services], check=False, capture_output=True)

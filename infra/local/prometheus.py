@@ -28,6 +28,7 @@ import yaml
 from infra.local.debian import install_missing
 
 PROGRAMS = {"prometheus": "prometheus"}  # and Debian's package that brings it
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # what is on this machine needs no proxy
 MONITORING = Path(__file__).parents[1] / "monitoring"
 GRAPHS = (  # of the page, from the top
     "{__name__=~'swath:images_done|swath_planned_images'}",
@@ -48,14 +49,14 @@ class Prometheus:
     def ask(self, path: str, **parameters: str) -> Any:
         """The data of an answer of its HTTP API: ask("query", query="up"). Raises OSError with its own words."""
         try:
-            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}") as reply:
+            with DIRECTLY.open(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}") as reply:
                 return json.load(reply)["data"]
         except urllib.error.HTTPError as error:
             raise OSError(f"{path} {parameters}: {error.read().decode(errors='replace')}") from None
 
     def page(self) -> str:
         """Its own page, which differs between versions and Debian's package, with some graphs."""
-        with urllib.request.urlopen(self.url) as reply:
+        with DIRECTLY.open(self.url) as reply:
             page = reply.url.partition("?")[0]
         fields = [(f"g{n}.{key}", value) for n, expr in enumerate(GRAPHS) for key, value in graph(expr).items()]
         return f"{page}?{urllib.parse.urlencode(fields, quote_via=urllib.parse.quote)}"
@@ -107,7 +108,7 @@ def configuration(target: str) -> dict[str, Any]:
 def wait_until_ready(server: Prometheus, process: subprocess.Popen, log: Path, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{server.url}/-/ready", timeout=5):
+        with contextlib.suppress(OSError), DIRECTLY.open(f"{server.url}/-/ready", timeout=5):
             return
         time.sleep(0.1)
     raise RuntimeError(f"prometheus did not start: {log.read_text().strip()[-500:] or 'it said nothing'}")

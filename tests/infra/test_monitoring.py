@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import prometheus_client
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
@@ -80,8 +79,10 @@ class Watched:
     output: Path
     record: dict[str, Any]
     began: float
-    ended: float  # when the last metrics had gone
+    done: float  # when the run had said its last words
+    ended: float  # when those of the night had gone, too
     lines: list[str]
+    served: list[str]  # the last words of each, as they were served
 
     def values(self, query: str) -> list[dict[str, Any]]:
         """Each series of a query over all that time, its values that are numbers."""
@@ -109,10 +110,13 @@ def watched(tools: None, tmp_path_factory: pytest.TempPathFactory, checkpoint: s
         draw_image(images / f"{number:03d}.{'png' if number % 2 else 'jpg'}", 40 + number % 5, 32, number)
     spoil(images)
     lines: list[str] = []
+    served: list[str] = []
 
     class Listener(Quiet):
         def say(self, text: str) -> None:
             lines.append(text)
+            if found := re.search(r"the last metrics stay at (\S+)", text):
+                served.append(urllib.request.urlopen(found[1]).read().decode())
 
     settings = SegmentSettings(
         input=str(images),
@@ -132,11 +136,12 @@ def watched(tools: None, tmp_path_factory: pytest.TempPathFactory, checkpoint: s
         patch.delenv("RAY_ADDRESS", raising=False)
         began = time.time()
         result = segment(settings, Listener(), Sleeper)
+        done = time.time()
         assert nightly(settings.model_copy(update={"run_id": None}), Listener()) == []
         ended = time.time()
         time.sleep(2)  # for what is recorded of it
         assert result.record
-        yield Watched(server, output, result.record, began, ended, lines)
+        yield Watched(server, output, result.record, began, done, ended, lines, served)
 
 
 def names_of_metrics() -> set[str]:
@@ -171,8 +176,9 @@ def test_what_every_alert_compares_has_data_in_a_real_run_and_the_run_is_healthy
         parts = without_thresholds(expression)
         assert parts != [expression], name
         assert [part for part in parts if not watched.values(part)] == [], name
-        at_the_end = watched.prometheus.ask("query", query=expression, time=str(watched.ended - 1))
-        assert at_the_end["result"] == [], name
+        for moment in (watched.done - 1, watched.ended - 1):  # while the run's metrics are served, and the night's
+            assert watched.prometheus.ask("query", query=expression, time=str(moment))["result"] == [], name
+    assert watched.prometheus.ask("query", query="swath:images_done", time=str(watched.done - 1))["result"]
     assert watched.values('ALERTS{alertstate="firing"}') == []
 
 
@@ -279,14 +285,13 @@ def test_a_commit_and_a_night_that_finds_nothing_new_are_known_afterwards(watche
     assert sum("the last metrics stay at" in line for line in watched.lines) == 2
 
 
-def test_names_and_units_are_as_prometheus_wants_them(tools):
-    registry = CollectorRegistry()
-    Metrics(registry)
-    text = prometheus_client.generate_latest(registry).decode()
-    for name, meaning in (LAST_COMMIT, NIGHTLY):
-        text += f"# HELP {name} {meaning}\n# TYPE {name} gauge\n{name} 0\n" * (name not in text)
-    text = "\n".join(line for line in text.splitlines() if "_created" not in line) + "\n"
-    assert said_by("promtool", "check", "metrics", given=text) == ""
+def test_names_and_units_are_as_prometheus_wants_them(watched):
+    assert [text.count("swath_nightly") > 0 for text in watched.served] == [False, True]
+    for text in watched.served:
+        assert said_by("promtool", "check", "metrics", given=text) == ""
+    assert {line.split()[2] for line in "".join(watched.served).splitlines() if line.startswith("# TYPE")} == (
+        names_of_metrics()
+    )
     assert "counter metrics should have" in said_by(
         "promtool", "check", "metrics", given="# HELP a b\n# TYPE a counter\na 1\n", code=3
     )

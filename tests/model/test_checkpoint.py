@@ -313,3 +313,7 @@ def test_the_digest_changes_with_one_weight_and_the_version_with_one_setting(tmp
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     assert load_checkpoint(str(tmp_path)).digest != digest
     assert model_version(digest, {"policy": "short=512"}) != model_version(digest, {"policy": "short=256"})
+
+
+def test_classes_of_one_name_are_told_apart_by_their_ids():
+    assert label_set(["door", "sky", "door", "door"]).names == ("door", "sky", "door (2)", "door (3)")
