@@ -2,8 +2,10 @@
 
 What a night that failed has left is done first, as it was planned, then whatever came since. Nothing new is no error,
 takes seconds and starts no workers. Images that are no longer there are told of once and left out of `current`
-(swath views); their rows stay. Give the same INPUT every night, as only of that a listing can tell what has gone.
-With --metrics-linger Prometheus hears of each night, also of one with nothing new, and so notices one that is missing.
+(swath views); their rows stay. An image that is put back as it was, or a model that is used again, has its rows
+already: they are `current` again, which is told of once too. Give the same INPUT every night, as only of that a listing
+can tell what has gone. With --metrics-linger Prometheus hears of each night, also of one with nothing new, and so
+notices one that is missing.
 
   swath nightly s3://bucket/photos s3://bucket/masks --checkpoint s3://bucket/models/b2
   swath nightly --config nightly.yaml

@@ -7,6 +7,7 @@ Views:
   segments     every row of every run and model, also of images that have gone
   runs         finished runs: when, how long, how many images, bytes and pixels
   deletions    images that are no longer there
+  returns      images whose current row is an older one again: a version that was put back, a model that is used again
 
 Without SQL it lists the views with all their columns. A mask is read only where a query names that column. With --file
 every question of a file is put, infra/queries.sql in this project's folder for a start; its comments become titles.

@@ -1,4 +1,4 @@
-"""Print SQL that makes views of an output: segments, runs, deletions, and current (the newest row of each image).
+"""Print SQL that makes views of an output: current (the newest row of each image), segments, runs, deletions, returns.
 
 duckdb -c "$(swath views /data/masks) SELECT status, count(*) FROM current GROUP BY 1"
 """

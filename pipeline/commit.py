@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -143,6 +144,15 @@ class Run:
     def record(self) -> dict[str, Any] | None:
         """The run record, or None while the run is not complete. Raises `ConfigurationError` for a damaged one."""
         return self.read(self.record_name)
+
+    def finished(self) -> datetime | None:
+        """When the record was put, by the driver's clock; None while it is not. Raises `ConfigurationError`."""
+        if (record := self.record()) is None:
+            return None
+        try:
+            return datetime.fromisoformat(record["finished"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(self.store.uri(self.record_name), error) from None
 
     def read(self, name: str) -> dict[str, Any] | None:
         try:

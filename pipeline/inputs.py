@@ -139,7 +139,7 @@ def select(
 ) -> Iterator[tuple[Entry, str]]:
     """The entries that are images or hold some, by name, and their kinds; the others are counted in `skipped`."""
     root = output.uri("").rstrip("/")  # an output inside its own collection is not a part of it
-    own = tuple(f"{root}/{folder}/" for folder in ("index", "runs", "segments", "deletions"))
+    own = tuple(f"{root}/{folder}/" for folder in ("index", "runs", "segments", "deletions", "returns"))
     for name, entry in listing:
         if matches and not any(map(matches, [name, *parents(name)])):
             continue

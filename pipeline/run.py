@@ -27,7 +27,7 @@ from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, model
 from model.predictor import EngineError, choose_engine
 from pipeline import schema
 from pipeline.attempts import agreed, take_retries
-from pipeline.changes import earlier_runs, leave_out, note_deletions
+from pipeline.changes import earlier_runs, leave_out, note_changes
 from pipeline.cluster import (
     FAILED_SHARDS,
     TASK_RETRIES,
@@ -109,7 +109,7 @@ def segment(settings: SegmentSettings, listener: Listener, worker: type[Segmente
 
     def new_plan(space: Workspace) -> Plan:
         plan = index_and_plan(settings, output, origin, space, listener)
-        note_deletions(space.tables, output)
+        note_changes(space.tables, output)
         return plan
 
     result = do_run(settings, checkpoint, output, origin, new_plan, listener, worker)

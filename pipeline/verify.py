@@ -37,8 +37,13 @@ MOST = 1 << 31  # images in a shard that can be believed
 SCHEMA = """
     CREATE TABLE runs (run VARCHAR, version VARCHAR, retries VARCHAR, is_finished BOOLEAN);
     CREATE TABLE rows (run VARCHAR, uri VARCHAR, etag VARCHAR, is_ok BOOLEAN);
-    CREATE TABLE indexed (uri VARCHAR, etag VARCHAR, object VARCHAR, is_image BOOLEAN, part INTEGER)
+    CREATE TABLE indexed (uri VARCHAR, etag VARCHAR, object VARCHAR, is_image BOOLEAN, part INTEGER);
+    CREATE TABLE returned (run VARCHAR, uri VARCHAR)
 """
+LOGS = {
+    changes.GONE_FOLDER: ("deletion parts", changes.DELETIONS),
+    changes.BACK_FOLDER: ("return parts", changes.RETURNS),
+}
 INDEXED = """
     INSERT INTO indexed SELECT uri, etag, coalesce(file, uri),
         file IS NOT NULL OR format IS NULL OR format NOT IN ('tar', 'parquet') OR error IS NOT NULL, ? FROM page
@@ -54,6 +59,10 @@ AGAIN = """
     FROM rows r JOIN runs USING (run) ANTI JOIN (SELECT run AS retries, uri, etag FROM rows WHERE is_ok IS NOT TRUE) o
     ON runs.retries = o.retries AND r.uri = o.uri AND r.etag = o.etag WHERE runs.retries != ''
 """
+RETURNED = """
+    SELECT DISTINCT uri, concat('has returned to its row in run ', run, ', where there is none')
+    FROM returned ANTI JOIN rows USING (run, uri)
+"""
 # of an object that the index has in several versions, the one that was seen last counts
 LOST = """
     SELECT i.uri, 'indexed, but has no row in a finished run: swath segment does it, unless it was left out or is gone'
@@ -66,7 +75,7 @@ MASKS = """
     FROM rows JOIN runs USING (run) WHERE is_ok GROUP BY uri, etag, version
     HAVING count(*) > 1 AND count(DISTINCT retries) > 1 AND bool_and(retries != '')
 """
-RULES = (TWICE, AGAIN, MASKS, LOST)
+RULES = (TWICE, AGAIN, MASKS, RETURNED, LOST)
 
 Work = Callable[[list[tuple[str, int]]], list[Proof]]
 Spread = Callable[[Work, Iterator[list[tuple[str, int]]]], Iterator[list[Proof]]]
@@ -99,16 +108,17 @@ def verify(settings: VerifySettings, progress: Progress, spread: Spread) -> Repo
     report = Report(defaultdict(int), Findings())
     with workspace() as space:
         space.tables.execute(SCHEMA)
-        for folder, names in (("index", parts), (changes.FOLDER, output.names(changes.FOLDER))):
-            for name in sorted({f"part-{number:05d}.parquet" for number in range(len(names))} - set(names)):
-                report.findings.add(f"{folder}/{name}", "is not there, but later ones are")
+        logs = {folder: changes.log_parts(output, folder) for folder in LOGS}
+        for folder, names in {"index": [f"index/{name}" for name in parts], **logs}.items():
+            for name in sorted({f"{folder}/part-{number:05d}.parquet" for number in range(len(names))} - set(names)):
+                report.findings.add(name, "is not there, but later ones are")
         if found and not parts:
             report.findings.add("index", "is not there, but runs were planned from it: swath index makes it again")
         for number, name in enumerate(parts):
             read_index_part(output, f"index/{name}", number, space.tables, report)
-        for name in output.names(changes.FOLDER):
-            report.checked["deletion parts"] += 1
-            read_part(output, f"{changes.FOLDER}/{name}", changes.DELETIONS, report.findings)
+        for folder, names in logs.items():
+            for name in names:
+                read_log_part(output, name, folder, space.tables, report)
         known = {run.id: facts for run in found if (facts := check_run(run, report))}
         shards = check_folders(output, known, report.findings)
         prove_shards(settings, known, shards, space.tables, progress, spread, report)
@@ -126,6 +136,16 @@ def read_index_part(output: Store, name: str, number: int, tables: duckdb.DuckDB
     make_room(tables, report.checked["indexed images"])
     tables.register("page", page)
     tables.execute(INDEXED, [number])
+
+
+def read_log_part(output: Store, name: str, folder: str, tables: duckdb.DuckDBPyConnection, report: Report) -> None:
+    """Check a part of a log of changes; which runs have the rows of what has returned is in the table `returned`."""
+    kind, columns = LOGS[folder]
+    report.checked[kind] += 1
+    page = read_part(output, name, columns, report.findings)
+    if page is not None and folder == changes.BACK_FOLDER:
+        tables.register("page", page)
+        tables.execute("INSERT INTO returned SELECT run_id, uri FROM page")
 
 
 def read_part(output: Store, name: str, columns: pa.Schema, findings: Findings) -> pa.Table | None:

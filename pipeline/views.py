@@ -1,9 +1,11 @@
 """The output as SQL: views that DuckDB, and with few changes other engines, answer from the Parquet files themselves.
 
     segments     every row: an image, or a version of it, as one run and one model saw it
-    runs         finished runs; times are UTC, here and in deletions
+    runs         finished runs; times are UTC, here and below
     deletions    URIs that are no longer in the collection
-    current      of each image that is still there the row of the run that was finished last
+    returns      URIs whose row is an older one again, and the run that has it: a version of the image that was put
+                 back, or a model that was used before; it holds until a later run has a row
+    current      of each image that is still there the row of the run that was finished last, or that it returned to
     class_stats  of each of these images the classes that its mask has, a row each
     failures     those of these images that have no mask, and why
 
@@ -14,7 +16,7 @@ statistics never reads a mask, and one over a first run of many images and small
 import json
 from glob import escape
 
-from pipeline.changes import FOLDER
+from pipeline.changes import BACK_FOLDER, GONE_FOLDER, log_parts
 from pipeline.storage import Store
 
 SEGMENTS = """
@@ -40,11 +42,20 @@ CREATE OR REPLACE VIEW runs AS
   SELECT unnest(from_json(content, '{record}')) FROM read_text('{root}/runs/*/run.json');"""
 GONE = """
 CREATE OR REPLACE VIEW deletions AS
-  SELECT uri, max(noticed) AT TIME ZONE 'UTC' AS noticed FROM read_parquet('{root}/{folder}/*.parquet')
+  SELECT uri, max(noticed) AT TIME ZONE 'UTC' AS noticed FROM read_parquet('{root}/{gone}/*.parquet')
   GROUP BY uri HAVING max_by(is_gone, noticed);"""
 NONE_GONE = """
 CREATE OR REPLACE VIEW deletions AS
   SELECT NULL::VARCHAR AS uri, NULL::TIMESTAMP AS noticed WHERE false;"""
+# not max_by(run_id, noticed), as DuckDB keeps an aggregate of texts in memory
+RETURNED = """
+CREATE OR REPLACE VIEW returns AS
+  SELECT uri, run_id, noticed AT TIME ZONE 'UTC' AS noticed FROM read_parquet('{root}/{back}/*.parquet')
+  SEMI JOIN (SELECT uri, max(noticed) AS noticed FROM read_parquet('{root}/{back}/*.parquet') GROUP BY uri)
+  USING (uri, noticed);"""
+NONE_RETURNED = """
+CREATE OR REPLACE VIEW returns AS
+  SELECT NULL::VARCHAR AS uri, NULL::VARCHAR AS run_id, NULL::TIMESTAMP AS noticed WHERE false;"""
 # an error without what differs from image to image: names, long identifiers, numbers
 REASON = r"""regexp_replace(regexp_replace(regexp_replace(error,
     '''[^'']*''|"[^"]*"|\b\w+://\S+', '…', 'g'), '\b[0-9a-fA-F-]{16,}\b', '…', 'g'), '\d+', 'N', 'g')"""
@@ -55,6 +66,18 @@ CREATE OR REPLACE VIEW current AS
   SELECT s.* FROM segments s JOIN {places} this USING (run_id)
   ANTI JOIN (SELECT uri, place FROM segments JOIN {places} that USING (run_id) WHERE place > 1) later
     ON later.uri = s.uri AND later.place > this.place
+  ANTI JOIN deletions ON deletions.uri = s.uri;"""
+# after the runs that were finished by then; this too is written out twice
+BACK = """(SELECT uri, run_id, 0.5 + (SELECT count(*) FROM runs WHERE finished <= noticed) AS place
+      FROM returns SEMI JOIN runs USING (run_id))"""
+CURRENT_AND_BACK = """
+CREATE OR REPLACE VIEW current AS
+  SELECT s.* FROM segments s JOIN {places} this USING (run_id)
+  LEFT JOIN {back_places} back ON back.uri = s.uri AND back.run_id = s.run_id
+  ANTI JOIN (
+    SELECT uri, place FROM segments JOIN {places} that USING (run_id) WHERE place > 1
+    UNION ALL SELECT uri, place FROM {back_places} that) later
+    ON later.uri = s.uri AND later.place > coalesce(back.place, this.place)
   ANTI JOIN deletions ON deletions.uri = s.uri;"""
 CLASS_STATS = """
 CREATE OR REPLACE VIEW class_stats AS
@@ -69,7 +92,7 @@ CREATE OR REPLACE VIEW failures AS
 
 
 def views(output: Store) -> str:
-    """SQL that makes the views of an output that has rows; whether anything was deleted is as of now."""
+    """SQL that makes the views of an output that has rows; whether anything has gone or returned is as of now."""
     return views_at(output, local_root(output))
 
 
@@ -80,11 +103,18 @@ def local_root(output: Store) -> str:
 
 def views_at(output: Store, root: str) -> str:
     """The same where the engine that is asked reaches the output at `root`, a path or URL."""
-    deletions = GONE if output.names(FOLDER) else NONE_GONE
-    parts = "\n".join([SEGMENTS, RUNS, deletions, CURRENT, CLASS_STATS, FAILURES])
-    return parts.format(
-        root=in_pattern(root), folder=FOLDER, places=PLACES, reason=REASON, record=json.dumps(RECORD)
-    ).lstrip()
+    has_returns = bool(log_parts(output, BACK_FOLDER))
+    parts = [
+        SEGMENTS,
+        RUNS,
+        GONE if log_parts(output, GONE_FOLDER) else NONE_GONE,
+        RETURNED if has_returns else NONE_RETURNED,
+        CURRENT_AND_BACK if has_returns else CURRENT,
+        CLASS_STATS,
+        FAILURES,
+    ]
+    given = {"root": in_pattern(root), "gone": GONE_FOLDER, "back": BACK_FOLDER, "record": json.dumps(RECORD)}
+    return "\n".join(parts).format(**given, places=PLACES, back_places=BACK, reason=REASON).lstrip()
 
 
 def in_pattern(root: str) -> str:

@@ -104,7 +104,17 @@ def test_other_formats_have_every_row_in_order(query):
 def test_without_sql_the_views_are_listed_with_their_columns(query):
     _, out, _ = query()
     shown = out.decode()
-    for name in ("segments", "current", "class_stats", "failures", "runs", "deletions", "fraction", "finished"):
+    for name in (
+        "segments",
+        "current",
+        "class_stats",
+        "failures",
+        "runs",
+        "deletions",
+        "returns",
+        "fraction",
+        "finished",
+    ):
         assert name in shown
 
 

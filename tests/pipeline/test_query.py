@@ -5,6 +5,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 
 import duckdb
 import fsspec
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.bench.outputs import MASK, write_output, write_run
-from pipeline.changes import DELETIONS
+from pipeline.changes import DELETIONS, RETURNS
 from pipeline.config import ConfigurationError, StorageSettings
 from pipeline.query import QueryError, SharedFile, ask, bytes_read, connect, questions
 from pipeline.seal import write_sealed
@@ -27,6 +28,7 @@ QUESTIONS = (
     "SELECT status, error, count(*) FROM failures GROUP BY ALL ORDER BY ALL",
     "SELECT run_id, finished, images, statuses FROM runs ORDER BY 1",
     "SELECT count(*) FROM deletions",
+    "SELECT count(*) FROM returns",
     "SELECT uri, octet_length(mask) FROM segments ORDER BY 1, run_id LIMIT 5",
 )
 
@@ -79,6 +81,45 @@ def test_a_run_that_is_not_finished_and_an_image_that_has_gone_are_not_current(o
     assert "night-3" not in dict(counts[0])
     assert counts[1] == [(uri,) for uri in uris[1:3]]
     assert counts[2] == [(3060,)]
+
+
+def test_an_image_that_has_returned_has_its_older_row_until_a_later_run_has_one_and_no_mask_is_read_for_it(
+    output, bucket, tmp_path
+):
+    folder = tmp_path / "masks"
+    shutil.copytree(output, folder)
+    twice = [uri for (uri,) in answers(str(folder), "SELECT uri FROM current WHERE run_id = 'night-3' ORDER BY 1")[0]]
+    noticed = {day: datetime(2026, 1, day, 12, tzinfo=UTC) for day in (2, 3, 4)}  # each after the night of that day
+    before = [{"uri": uri, "run_id": "night-1", "noticed": noticed[2]} for uri in twice]
+    put_returns(folder, 0, before)
+    per_run = "SELECT run_id, count(*) FROM current GROUP BY 1 ORDER BY 1"
+    assert answers(str(folder), per_run) == [[("night-1", 2970), ("night-3", 30)]], "night 3 came later"
+    after = [{"uri": uri, "run_id": "night-1", "noticed": noticed[3]} for uri in twice[:20]]
+    again = [{"uri": uri, "run_id": "night-2", "noticed": noticed[4]} for uri in twice[:5]]
+    put_returns(folder, 1, after + again)
+    fsspec.filesystem("s3").put(f"{folder}/", f"{bucket}/masks/", recursive=True)
+    for url in (str(folder), f"{bucket}/masks"):
+        assert answers(url, per_run) == [[("night-1", 2985), ("night-2", 5), ("night-3", 10)]]
+        assert answers(url, "SELECT count(DISTINCT uri) FROM current") == [[(3000,)]]
+        assert answers(url, "SELECT run_id, noticed, count(*) FROM returns GROUP BY ALL ORDER BY ALL") == [
+            [
+                ("night-1", noticed[2].replace(tzinfo=None), 10),
+                ("night-1", noticed[3].replace(tzinfo=None), 15),
+                ("night-2", noticed[4].replace(tzinfo=None), 5),
+            ]
+        ]
+        with connect(Store(url, StorageSettings())) as tables:
+            for sql in QUESTIONS[:4]:
+                ask(tables, sql).read_all()
+                assert 0 < bytes_read(tables) < 3000 * MASK / 4
+    (folder / "runs/night-1/run.json").unlink()
+    assert answers(str(folder), per_run) == [[("night-2", 5), ("night-3", 25)]], "what is not finished is not current"
+
+
+def put_returns(folder: Path, number: int, rows: list[dict]) -> None:
+    (folder / "returns").mkdir(exist_ok=True)
+    data = write_sealed(pa.Table.from_pylist(rows, RETURNS))
+    (folder / f"returns/part-{number:05d}.parquet").write_bytes(data)
 
 
 def test_before_the_first_run_is_finished_its_rows_are_segments_and_nothing_is_current(tmp_path):

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from model.labels import label_set
 from pipeline import verify as verifying
+from pipeline.changes import RETURNS
 from pipeline.cluster import spread
 from pipeline.commit import Run
 from pipeline.config import ConfigurationError, VerifySettings
@@ -24,7 +26,7 @@ from pipeline.index import add_part
 from pipeline.masks import decode_mask, encode_mask
 from pipeline.proof import histogram
 from pipeline.schema import SUMMARY_KEY, encode_shard
-from pipeline.seal import NAME, sealed
+from pipeline.seal import NAME, sealed, write_sealed
 from pipeline.storage import Store
 from pipeline.verify import Report, verify
 from tests.conftest import NAMES, Finished, Quiet
@@ -68,6 +70,26 @@ def test_a_finished_output_is_proven(output):
         "masks": 11,
         "mask pixels": pixels,
     }
+
+
+def test_a_return_is_to_a_run_that_has_a_row_of_the_image(output):
+    uri = pq.read_table(output / "segments", columns=["uri"])["uri"][0].as_py()
+    (output / "returns").mkdir()
+    part = output / "returns/part-00000.parquet"
+    for uris, run_id, expected in [
+        ([uri], "first", ""),
+        ([uri], "other", f"{uri}: has returned to its row in run other, where there is none"),
+        ([uri, "nobody's"], "first", "nobody's: has returned to its row in run first, where there is none"),
+    ]:
+        rows = [{"uri": uri, "run_id": run_id, "noticed": datetime.now(UTC)} for uri in uris]
+        part.write_bytes(write_sealed(pa.Table.from_pylist(rows, RETURNS)))
+        report = check(output)
+        assert (report.findings.first, report.checked["return parts"]) == ([expected] * bool(expected), 1)
+    part.rename(output / "returns/part-00001.parquet")
+    assert "returns/part-00000.parquet: is not there, but later ones are" in found(output)
+    (output / "returns/.part-00001.parquet.f00").write_bytes(b"of a process that was killed")
+    (output / "returns/part-00001.parquet").write_bytes(write_sealed(pa.table({"uri": [uri]})))
+    assert "returns/part-00001.parquet: its columns are not those of the returns" in check(output).findings.first
 
 
 def test_on_s3_and_on_all_machines_the_same_is_proven(finished, bucket, monkeypatch):
