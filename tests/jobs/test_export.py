@@ -4,7 +4,13 @@ import shutil
 
 from jobs.cli import main
 from tests.conftest import draw_image
-from tests.pipeline.outputs import write_output
+from tests.pipeline.outputs import small_output, write_output
+
+
+def test_what_is_exported_here_is_an_output_to_every_job(tmp_path):
+    small = small_output(tmp_path)
+    for job in (["status"], ["verify"], ["report", "--to", str(tmp_path / "page.html")]):
+        assert main([job[0], str(small.output), *job[1:]]) == 0
 
 
 def test_an_export_says_what_it_has_written_and_what_it_has_left_out(tmp_path, capfd):

@@ -154,6 +154,13 @@ def test_what_a_real_run_has_written_is_exported(finished, tmp_path):
     assert same(exported_pngs(tmp_path / "png"), masks_of(finished.output))
 
 
+def test_the_outputs_of_these_tests_have_the_records_of_real_runs(small, finished):
+    records = [next(output.glob("runs/*/run.json")).read_text() for output in (small.output, finished.output)]
+    drawn, real = map(json.loads, records)
+    assert drawn.keys() == real.keys()
+    assert (drawn["images"], drawn["statuses"]) == (15, {"ok": 12, "unreadable": 3})
+
+
 def test_coco_annotations_have_the_pixels_areas_and_boxes_of_the_masks(small, masks, tmp_path):
     assert exported(small.output, tmp_path / "coco", "coco").images == 12
     coco = check_coco(tmp_path / "coco/instances.json", masks, NAMES)
