@@ -251,7 +251,7 @@ def test_odd_names_lead_nowhere_else_and_never_to_the_same_file(tmp_path, loaded
     assert same(exported_pngs(tmp_path / "png"), masks)
     coco = check_coco(tmp_path / "coco/instances.json", masks, NAMES)
     found = {image["file_name"] for image in coco.loadImgs(coco.getImgIds())}
-    assert found == set(ODD) - {"back\\..\\slash.jpg"} | {"back%5C..%5Cslash.jpg"}
+    assert found == set(ODD) - {"back\\..\\slash.jpg"} | {"%~/back%5C..%5Cslash.jpg"}
     _, rows = loaded(tmp_path / "huggingface")
     assert same({uri: mask for uri, _, mask, _ in rows}, masks)
 
@@ -275,9 +275,15 @@ def test_whatever_images_are_called_their_files_are_apart_and_below_the_destinat
         assert not any(part.lower().endswith(".png") for part in parts[:-1])
     assert found[0] != found[1]
     assert not found[1].startswith(f"{found[0]}/")
-    for uri in uris:
-        plain = plain_name(uri, "s3://bucket/")
-        assert all(part not in ("", ".", "..") for part in plain.split("/"))
+    plain = [plain_name(uri, "s3://bucket/") for uri in uris]
+    assert all(part not in ("", ".", "..") for name in plain for part in name.split("/"))
+    assert plain[0] != plain[1]
+
+
+def test_no_image_is_called_as_another_is_whose_name_would_lead_elsewhere():
+    names = ["/x", "%2F/x", "%~/%2F/x", "%~/%25~/%252F/x", "..", "%2E%2E", "%~/%2E%2E", "a\\b", "a%5Cb", "%~/a%5Cb"]
+    assert len({plain_name(f"s3://b/{name}", "s3://b/") for name in names}) == len(names)
+    assert plain_name("s3://b/%2F/100%.jpg", "s3://b/") == "%2F/100%.jpg"
 
 
 def test_a_common_root_is_a_folder():
