@@ -33,6 +33,11 @@ def test_an_export_says_what_it_has_written_and_what_it_has_left_out(tmp_path, c
     assert (code, errors.count("\n")) == (2, 1)
     assert errors.startswith("swath: error:")
     assert "--overwrite" in errors
+    code, _, errors = swath("coco", "--where", "regexp_matches(uri, '(')")
+    assert (code, errors) == (
+        2,
+        "swath: error: where \"regexp_matches(uri, '(')\": Invalid Input Error: missing ): (\n",
+    )
     assert swath("coco", "--limit", "0") == (2, "", "swath: error: limit: must be 1 or more (got '0')\n")
     shutil.rmtree(tmp_path / "in")
     code, out, _ = swath("huggingface", "--overwrite")

@@ -29,6 +29,8 @@ from pipeline.export_huggingface import write_huggingface
 from pipeline.export_png import write_png
 from pipeline.masks import decode_mask
 from pipeline.names import LONGEST, LONGEST_NAME, common_root, plain_name, safe_name
+from pipeline.query import SharedFile
+from pipeline.storage import Store
 from tests.conftest import NAMES, draw_image
 from tests.pipeline.gallery import gallery
 from tests.pipeline.outputs import Small, blobs, small_output, write_output
@@ -365,6 +367,10 @@ def test_what_cannot_be_exported_is_refused_in_one_line(small, tmp_path):
     assert "in the output itself" in refusal(output / "masks")
     assert "no such run" in refusal(run_id="x'; DROP")
     assert "where 'nothing > 1': Binder Error: Referenced column \"nothing\"" in refusal(where="nothing > 1")
+    assert "where \"regexp_matches(uri, '(')\": Invalid Input Error: missing ): (" in refusal(
+        where="regexp_matches(uri, '(')"
+    )
+    assert "No files found" in refusal(where=f"uri IN (SELECT uri FROM '{tmp_path}/none.csv')")
     assert "no image has a mask where confidence > 1" in refusal(where="confidence > 1")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").touch()
@@ -374,6 +380,8 @@ def test_what_cannot_be_exported_is_refused_in_one_line(small, tmp_path):
     assert "runs first and other have other labels, so their masks mean other things; choose one with" in refusal()
     (output / "runs/first/run.json").unlink()
     assert "run first is not finished" in refusal(run_id="first")
+    (output / "runs/other/run.json").unlink()
+    assert "no run is finished" in refusal()
     shutil.rmtree(output / "segments")
     assert "no segments are here" in refusal()
     assert not (tmp_path / "new").exists()
@@ -459,6 +467,27 @@ def test_a_damaged_shard_stops_the_export_and_says_which(small, tmp_path):
     path.write_bytes(data)
     with pytest.raises(OSError, match=f"{path.name} is damaged .*; see swath verify"):
         exported(output, tmp_path / "png", "png")
+
+
+@pytest.mark.parametrize("where", [None, "confidence > 0", "regexp_matches(uri, '(')"])
+def test_a_shard_that_cannot_be_read_is_not_blamed_on_the_condition(small, tmp_path, where):
+    output = Path(shutil.copytree(small.output, tmp_path / "out"))
+    for path in sorted(output.glob("segments/*/*.parquet"))[:2]:  # DuckDB asks the first for the columns of all
+        data = path.read_bytes()
+        path.write_bytes(data[:-20])
+        with pytest.raises(OSError, match=r"out cannot be read \(.*shard-.*\); see swath verify"):
+            exported(output, tmp_path / "png", "png", where=where)
+        path.write_bytes(data)
+
+
+def test_what_the_store_says_is_the_reason_and_not_where_python_was(small, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError("the store says no")
+
+    monkeypatch.setattr(Store, "is_local", False)  # so that DuckDB has it read
+    monkeypatch.setattr(SharedFile, "fetch", refuse)
+    with pytest.raises(OSError, match=r"cannot be read \(PermissionError: the store says no\)"):
+        exported(small.output, tmp_path / "png", "png", where="confidence > 0")
 
 
 @pytest.mark.parametrize("kind", WRITERS)
