@@ -387,6 +387,21 @@ def test_what_cannot_be_exported_is_refused_in_one_line(small, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_an_output_in_the_destination_is_never_touched_wherever_symbolic_links_lead(small, tmp_path, kind):
+    dest, aside = tmp_path / "dest", tmp_path / "aside"
+    exported(small.output, dest, kind)
+    output = Path(shutil.copytree(small.output, dest / "masks/out"))
+    aside.symlink_to(output)
+    for url in (output, aside):
+        with pytest.raises(ConfigurationError, match="the output is in it; give a place beside the output"):
+            exported(url, dest, kind, overwrite=True)
+        assert contents(output) == contents(small.output)
+    for place in (aside, aside / "new"):
+        with pytest.raises(ConfigurationError, match="is in the output itself"):
+            exported(output, place, kind)
+
+
 class KilledError(Exception):
     """What ends an export in its midst."""
 
@@ -443,6 +458,65 @@ def test_an_export_of_other_rows_is_replaced_only_when_asked_and_nothing_else_ev
         "notes.txt",
         "swath-export.json",
     }
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_replacement_removes_what_the_other_export_has_written_and_no_file_of_anybody_else(small, tmp_path, kind):
+    dest, new = tmp_path / "dest", "coco" if kind == "png" else "png"
+    exported(small.output, dest, kind)
+    written = set(contents(dest))
+    mine = {"data/mine.csv", "data/train-mine.parquet", "left_out/why.txt", "masks/mine.txt", "masks.csv.bak"}
+    mine |= {"labels.json.orig", "README.md.orig", "notes/masks/a.png"} | ({"README.md"} - written)
+    for name in mine:
+        (dest / name).parent.mkdir(parents=True, exist_ok=True)
+        (dest / name).write_text("mine")
+    exported(small.output, dest, new, overwrite=True)
+    exported(small.output, tmp_path / "new", new)
+    assert contents(dest) == contents(tmp_path / "new") | dict.fromkeys(mine, b"mine")
+
+
+def test_a_replacement_does_not_write_over_a_file_of_somebody_else(small, tmp_path):
+    exported(small.output, tmp_path, "png")
+    (tmp_path / "README.md").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"README\.md is not of the export that is replaced.*move it"):
+        exported(small.output, tmp_path, "huggingface", overwrite=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_replacement_that_is_killed_while_it_removes_files_is_never_taken_for_an_export(
+    small, tmp_path, kind, monkeypatch
+):
+    dest, delete = tmp_path / "dest", Store.delete
+    exported(small.output, dest, kind, limit=3)
+    exported(small.output, tmp_path / "whole", kind, limit=5)
+
+    def killed(store: Store, name: str) -> None:
+        if not name.startswith("."):
+            raise KilledError
+        delete(store, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", killed)
+        with pytest.raises(KilledError):
+            exported(small.output, dest, kind, limit=5, overwrite=True)
+    for limit in (3, 5):
+        with pytest.raises(ConfigurationError, match=r"half replaced.*--overwrite"):
+            exported(small.output, dest, kind, limit=limit)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", lambda *_: None)
+        with pytest.raises(ConfigurationError, match="cannot be removed"):
+            exported(small.output, dest, kind, limit=5, overwrite=True)
+    assert exported(small.output, dest, kind, limit=5, overwrite=True).images == 5
+    assert contents(dest) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("mark", ["[]", "{}", '{"format": ["png"]}', '{"format": "of the future"}', "nothing"])
+def test_what_another_program_calls_a_marker_is_none(small, tmp_path, mark):
+    (tmp_path / "swath-export.json").write_text(mark)
+    with pytest.raises(ConfigurationError, match="files that are no export"):
+        exported(small.output, tmp_path, "png", overwrite=True)
 
 
 def test_a_dataset_is_cut_into_files_of_a_bounded_size(small, masks, tmp_path, loaded, monkeypatch):
