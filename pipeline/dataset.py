@@ -53,6 +53,9 @@ class SegmentedImages(Dataset[Any]):
     neighbours cost little, and for a shuffled `DataLoader` there is `ShuffledShards`. Workers of a `DataLoader` may be
     forked or spawned; from S3 those that are spawned read with less work.
 
+    Images may be of any size, so to import this sets `PIL.Image.MAX_IMAGE_PIXELS` to None for the whole process. A
+    program that wants Pillow's limit for images from elsewhere sets it again afterwards, above the largest of these.
+
     >>> import numpy as np
     >>> from pipeline import SegmentedImages, ShuffledShards
     >>> from torch.utils.data import DataLoader

@@ -17,7 +17,7 @@ import imagecodecs
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageFile
+from PIL import ImageFile
 from torch.nn import functional as F
 
 from pipeline import tiff
@@ -32,6 +32,7 @@ from pipeline.header import (
     upright,
     webp_header,
 )
+from pipeline.pillow import Image
 from pipeline.samples import BACKGROUND, bands, limits, over_background, to_bytes
 
 __all__ = ["SUFFIXES", "DecodeError", "Decoded", "Header", "decode", "read_header", "resize"]

@@ -25,7 +25,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from model.labels import LabelSet
 from pipeline.ahead import ahead
@@ -33,6 +32,7 @@ from pipeline.export import Exported, Progress
 from pipeline.header import ORIENTATION
 from pipeline.names import safe_name
 from pipeline.originals import ImageError, Originals, header_of
+from pipeline.pillow import Image
 from pipeline.plan import MASK_BYTES_PER_PIXEL, PlannedImage
 from pipeline.selection import Chosen, Selection, read
 from pipeline.storage import Store

@@ -10,7 +10,9 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from PIL import AvifImagePlugin, Image, ImageFile, UnidentifiedImageError
+from PIL import AvifImagePlugin, ImageFile, UnidentifiedImageError
+
+from pipeline.pillow import Image
 
 try:
     from pillow_heif import register_heif_opener
@@ -38,7 +40,6 @@ MAX_SIDE = 2**31 - 1  # pixels; what no image has, but a damaged header can say
 WEBP_EXIF = 0x08  # the flag in a VP8X chunk
 
 Image.init()  # registers all of FORMATS but HEIF; by itself Pillow begins with fewer
-Image.MAX_IMAGE_PIXELS = None  # the limit is a setting of the run, checked against the header
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the road has as many threads that decode as there are CPUs
 
 

@@ -10,17 +10,15 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
 from zlib_ng import zlib_ng
 
 from model.labels import Colour, LabelSet
+from pipeline.pillow import Image
 
 PALETTE_COLOURS = 256  # all that a PNG palette holds; more classes make a 16-bit mask without one
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, PALETTE = 0, 3  # colour types (PNG specification, 11.2.1)
 UP = 2  # filter type: each byte less the one above (9.2)
-
-Image.MAX_IMAGE_PIXELS = None  # a mask is as large as its image, whose size had a limit
 
 
 def encode_mask(mask: np.ndarray, labels: LabelSet) -> bytes:

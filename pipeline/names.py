@@ -1,8 +1,11 @@
-"""Names of files that follow the URIs of images: safe on any file system, and never the same for two images.
+"""Names of files that follow the URIs of images: below where they are put, and never the same for two images.
 
 A name comes from a collection, so it may be anything: `../../etc/passwd`, a kilobyte long, a control character. What a
 file's name should not have is written as % and its UTF-8 bytes in hexadecimal, `%` too, so that no two names become
 one; what is too long is cut and ends in its SHA-256, behind `%~`, which nothing else is written as.
+
+Letters stay what they are. So file systems that ignore case, or how an accent is composed, take `a.jpg` and `A.jpg` for
+one, and Windows refuses a few names (`CON`, a dot at the end).
 """
 
 import hashlib
@@ -11,6 +14,7 @@ from os.path import commonprefix
 RESERVED = '%#<>:"\\|?*'  # by some file system, or with a meaning in URLs
 LONGEST = 200  # bytes of one part: file systems take 255, of which a file that is being written needs some
 LONGEST_NAME = 700  # bytes of all parts: S3 takes 1,024, with the prefix of where they go
+CHANGED = "%~"  # a plain name that begins so is not as it is
 
 
 def common_root(first: str, last: str) -> str:
@@ -32,10 +36,12 @@ def safe_name(uri: str, root: str, suffix: str) -> str:
 
 
 def plain_name(uri: str, root: str) -> str:
-    """The name of an image below `root` as it is, for who looks for it there; safe where it would lead elsewhere."""
+    """The name of an image below `root` as it is, for who looks for it there; where that would lead elsewhere the safe
+    one, in a folder `%~`, where no image is as it is.
+    """
     name = uri.removeprefix(root)
     leads_elsewhere = any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name or "\\" in name
-    return safe_name(uri, root, "") if leads_elsewhere else name
+    return f"{CHANGED}/{safe_name(uri, root, '')}" if leads_elsewhere or name.startswith(CHANGED) else name
 
 
 def safe_part(text: str, suffix: str = "") -> str:

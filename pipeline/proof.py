@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from pipeline import schema
 from pipeline.attempts import reason
 from pipeline.commit import PlanFiles, Run
 from pipeline.config import VerifySettings
 from pipeline.masks import decode_mask
+from pipeline.pillow import Image
 from pipeline.plan import PlannedImage
 from pipeline.seal import SealError, check_parquet
 from pipeline.storage import Store
@@ -271,10 +271,9 @@ def is_share(value: float | None) -> bool:
 
 def histogram(png: bytes, width: int | None, height: int | None, labels: int) -> np.ndarray | str:
     """How many pixels of a mask each class id has, or what is wrong with it."""
-    Image.MAX_IMAGE_PIXELS = None  # the row says how large it is, which is compared before it is decoded
     try:
         with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-            if image.size != (width, height):
+            if image.size != (width, height):  # before it is decoded, as it may be of any size
                 return f"has a mask of {image.size[0]}x{image.size[1]} pixels for an image of {width}x{height}"
         mask = decode_mask(png)
     except Exception as error:  # Pillow has many

@@ -6,7 +6,7 @@ of a shard at a time, so memory does not grow with the output.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ OF_RUN = "CREATE OR REPLACE VIEW of_run AS FROM segments WHERE run_id = '{run}'"
 SUMMARY = "SELECT count(*), min(uri), max(uri), bit_xor(md5_number(concat_ws(' ', run, shard, row))) FROM chosen"
 PLACES = "SELECT run, shard, row, number, part FROM chosen ORDER BY run, shard, row"
 ALL = 1 << 62  # rows
-USERS_ERRORS = (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException, duckdb.ConversionException)
+NEVER_BEGUN = (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException)  # errors of the SQL itself
 
 
 @dataclass(frozen=True)
@@ -145,21 +145,15 @@ def opened(run: Run, shard: int) -> Iterator[pq.ParquetFile]:
 
 def select(tables: duckdb.DuckDBPyConnection, output: Store, wanted: Wanted) -> Selection:
     """Choose, in an empty workspace. Raises `ConfigurationError` where that leaves nothing, or not one label set."""
-    records = finished_records(output, wanted.run_id)
-    make_views(tables, output)
-    view = "current"
-    if wanted.run_id is not None:
-        tables.execute(OF_RUN.format(run=wanted.run_id.replace("'", "''")))
-        view = "of_run"
-    limit = ALL if wanted.limit is None else wanted.limit
-    where = wanted.where or "true"
+    view = "current" if wanted.run_id is None else "of_run"
     try:
-        tables.execute(CHOOSE.format(root=in_pattern(root(output)), view=view, where=where, limit=limit))
+        make_views(tables, output)
+        if wanted.run_id is not None:
+            tables.execute(OF_RUN.format(run=wanted.run_id.replace("'", "''")))
     except duckdb.Error as error:
-        why = str(error).splitlines()[0]
-        if wanted.where and isinstance(error, USERS_ERRORS):
-            raise ConfigurationError(f"where {wanted.where!r}: {why}") from None
-        raise OSError(f"{output.url} cannot be read ({why}); see swath verify") from None
+        raise unreadable(output, error) from None
+    records = finished_records(output, wanted.run_id)
+    choose_rows(tables, output, view, wanted)
     ((images, first, last, digest),) = tables.execute(SUMMARY).fetchall()
     if not images:
         asked = f" where {wanted.where}" if wanted.where else ""
@@ -175,10 +169,37 @@ def select(tables: duckdb.DuckDBPyConnection, output: Store, wanted: Wanted) -> 
     return Selection(tables, output, images, common_root(first, last), f"{digest % (1 << 128):032x}", kept)
 
 
+def choose_rows(tables: duckdb.DuckDBPyConnection, output: Store, view: str, wanted: Wanted) -> None:
+    """Fill the table `chosen`. Raises `ConfigurationError` for a condition that fails, OSError for what is damaged.
+
+    DuckDB's errors do not tell one from the other, so what can be chosen without the condition is not damaged.
+    """
+    where = wanted.where or "true"
+    limit = ALL if wanted.limit is None else wanted.limit
+    try:
+        tables.execute(CHOOSE.format(root=in_pattern(root(output)), view=view, where=where, limit=limit))
+    except duckdb.Error as error:
+        if not wanted.where:
+            raise unreadable(output, error) from None
+        if not isinstance(error, NEVER_BEGUN):
+            choose_rows(tables, output, view, replace(wanted, where=None))
+        raise ConfigurationError(f"where {wanted.where!r}: {one_line(error)}") from None
+
+
+def unreadable(output: Store, error: duckdb.Error) -> OSError:
+    return OSError(f"{output.url} cannot be read ({one_line(error)}); see swath verify")
+
+
+def one_line(error: duckdb.Error) -> str:
+    """What DuckDB says first; where it tells of an error in Python, as the store's are, that without where it was."""
+    first, *others = str(error).strip().splitlines()
+    if not first.startswith("Traceback"):
+        return first
+    return next((line for line in others if line and not line[0].isspace()), first)
+
+
 def finished_records(output: Store, run_id: str | None) -> dict[str, dict[str, Any]]:
     """The records of the runs that rows may come from. Raises `ConfigurationError` where there are none."""
-    if not output.names("segments"):
-        raise ConfigurationError(f"{output.url}: no segments are here; give the OUTPUT of swath segment")
     asked = runs(output) if run_id is None else [choose(f"{output.url.rstrip('/')}/runs/{run_id}", output.settings)]
     records = {run.id: record for run in asked if (record := run.record())}
     if not records:

@@ -165,7 +165,6 @@ def run_large(kind: str, width: int = 20_000, height: int = 14_000) -> dict[str,
 def segment_large(path: Path) -> dict[str, Any]:
     """Send one image down a worker's road; the bytes that this process had at most."""
     torch.set_num_threads(2)
-    Image.MAX_IMAGE_PIXELS = None
     settings = SegmentSettings(
         input=(str(path.parent),), output=str(path.parent), checkpoint=str(WEIGHTS), policy="native", max_pixels=10**9
     )

@@ -4,7 +4,13 @@ import shutil
 
 from jobs.cli import main
 from tests.conftest import draw_image
-from tests.pipeline.outputs import write_output
+from tests.pipeline.outputs import small_output, write_output
+
+
+def test_what_is_exported_here_is_an_output_to_every_job(tmp_path):
+    small = small_output(tmp_path)
+    for job in (["status"], ["verify"], ["report", "--to", str(tmp_path / "page.html")]):
+        assert main([job[0], str(small.output), *job[1:]]) == 0
 
 
 def test_an_export_says_what_it_has_written_and_what_it_has_left_out(tmp_path, capfd):
@@ -27,6 +33,11 @@ def test_an_export_says_what_it_has_written_and_what_it_has_left_out(tmp_path, c
     assert (code, errors.count("\n")) == (2, 1)
     assert errors.startswith("swath: error:")
     assert "--overwrite" in errors
+    code, _, errors = swath("coco", "--where", "regexp_matches(uri, '(')")
+    assert (code, errors) == (
+        2,
+        "swath: error: where \"regexp_matches(uri, '(')\": Invalid Input Error: missing ): (\n",
+    )
     assert swath("coco", "--limit", "0") == (2, "", "swath: error: limit: must be 1 or more (got '0')\n")
     shutil.rmtree(tmp_path / "in")
     code, out, _ = swath("huggingface", "--overwrite")

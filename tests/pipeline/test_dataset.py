@@ -180,6 +180,8 @@ def test_a_dataset_is_pickled_without_what_it_has_open_and_its_index_is_small(sm
 def test_to_import_the_package_costs_nothing():
     code = "import sys, pipeline; assert not {'torch', 'ray', 'numpy', 'pyarrow', 'duckdb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys; from pipeline import StorageSettings; assert not {'torch', 'pyarrow', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         pipeline.nothing  # noqa: B018
 

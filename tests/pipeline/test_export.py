@@ -29,6 +29,8 @@ from pipeline.export_huggingface import write_huggingface
 from pipeline.export_png import write_png
 from pipeline.masks import decode_mask
 from pipeline.names import LONGEST, LONGEST_NAME, common_root, plain_name, safe_name
+from pipeline.query import SharedFile
+from pipeline.storage import Store
 from tests.conftest import NAMES, draw_image
 from tests.pipeline.gallery import gallery
 from tests.pipeline.outputs import Small, blobs, small_output, write_output
@@ -154,6 +156,13 @@ def test_what_a_real_run_has_written_is_exported(finished, tmp_path):
     assert same(exported_pngs(tmp_path / "png"), masks_of(finished.output))
 
 
+def test_the_outputs_of_these_tests_have_the_records_of_real_runs(small, finished):
+    records = [next(output.glob("runs/*/run.json")).read_text() for output in (small.output, finished.output)]
+    drawn, real = map(json.loads, records)
+    assert drawn.keys() == real.keys()
+    assert (drawn["images"], drawn["statuses"]) == (15, {"ok": 12, "unreadable": 3})
+
+
 def test_coco_annotations_have_the_pixels_areas_and_boxes_of_the_masks(small, masks, tmp_path):
     assert exported(small.output, tmp_path / "coco", "coco").images == 12
     coco = check_coco(tmp_path / "coco/instances.json", masks, NAMES)
@@ -244,7 +253,7 @@ def test_odd_names_lead_nowhere_else_and_never_to_the_same_file(tmp_path, loaded
     assert same(exported_pngs(tmp_path / "png"), masks)
     coco = check_coco(tmp_path / "coco/instances.json", masks, NAMES)
     found = {image["file_name"] for image in coco.loadImgs(coco.getImgIds())}
-    assert found == set(ODD) - {"back\\..\\slash.jpg"} | {"back%5C..%5Cslash.jpg"}
+    assert found == set(ODD) - {"back\\..\\slash.jpg"} | {"%~/back%5C..%5Cslash.jpg"}
     _, rows = loaded(tmp_path / "huggingface")
     assert same({uri: mask for uri, _, mask, _ in rows}, masks)
 
@@ -268,9 +277,15 @@ def test_whatever_images_are_called_their_files_are_apart_and_below_the_destinat
         assert not any(part.lower().endswith(".png") for part in parts[:-1])
     assert found[0] != found[1]
     assert not found[1].startswith(f"{found[0]}/")
-    for uri in uris:
-        plain = plain_name(uri, "s3://bucket/")
-        assert all(part not in ("", ".", "..") for part in plain.split("/"))
+    plain = [plain_name(uri, "s3://bucket/") for uri in uris]
+    assert all(part not in ("", ".", "..") for name in plain for part in name.split("/"))
+    assert plain[0] != plain[1]
+
+
+def test_no_image_is_called_as_another_is_whose_name_would_lead_elsewhere():
+    names = ["/x", "%2F/x", "%~/%2F/x", "%~/%25~/%252F/x", "..", "%2E%2E", "%~/%2E%2E", "a\\b", "a%5Cb", "%~/a%5Cb"]
+    assert len({plain_name(f"s3://b/{name}", "s3://b/") for name in names}) == len(names)
+    assert plain_name("s3://b/%2F/100%.jpg", "s3://b/") == "%2F/100%.jpg"
 
 
 def test_a_common_root_is_a_folder():
@@ -352,6 +367,10 @@ def test_what_cannot_be_exported_is_refused_in_one_line(small, tmp_path):
     assert "in the output itself" in refusal(output / "masks")
     assert "no such run" in refusal(run_id="x'; DROP")
     assert "where 'nothing > 1': Binder Error: Referenced column \"nothing\"" in refusal(where="nothing > 1")
+    assert "where \"regexp_matches(uri, '(')\": Invalid Input Error: missing ): (" in refusal(
+        where="regexp_matches(uri, '(')"
+    )
+    assert "No files found" in refusal(where=f"uri IN (SELECT uri FROM '{tmp_path}/none.csv')")
     assert "no image has a mask where confidence > 1" in refusal(where="confidence > 1")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").touch()
@@ -361,9 +380,26 @@ def test_what_cannot_be_exported_is_refused_in_one_line(small, tmp_path):
     assert "runs first and other have other labels, so their masks mean other things; choose one with" in refusal()
     (output / "runs/first/run.json").unlink()
     assert "run first is not finished" in refusal(run_id="first")
+    (output / "runs/other/run.json").unlink()
+    assert "no run is finished" in refusal()
     shutil.rmtree(output / "segments")
     assert "no segments are here" in refusal()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_an_output_in_the_destination_is_never_touched_wherever_symbolic_links_lead(small, tmp_path, kind):
+    dest, aside = tmp_path / "dest", tmp_path / "aside"
+    exported(small.output, dest, kind)
+    output = Path(shutil.copytree(small.output, dest / "masks/out"))
+    aside.symlink_to(output)
+    for url in (output, aside):
+        with pytest.raises(ConfigurationError, match="the output is in it; give a place beside the output"):
+            exported(url, dest, kind, overwrite=True)
+        assert contents(output) == contents(small.output)
+    for place in (aside, aside / "new"):
+        with pytest.raises(ConfigurationError, match="is in the output itself"):
+            exported(output, place, kind)
 
 
 class KilledError(Exception):
@@ -424,6 +460,65 @@ def test_an_export_of_other_rows_is_replaced_only_when_asked_and_nothing_else_ev
     }
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_replacement_removes_what_the_other_export_has_written_and_no_file_of_anybody_else(small, tmp_path, kind):
+    dest, new = tmp_path / "dest", "coco" if kind == "png" else "png"
+    exported(small.output, dest, kind)
+    written = set(contents(dest))
+    mine = {"data/mine.csv", "data/train-mine.parquet", "left_out/why.txt", "masks/mine.txt", "masks.csv.bak"}
+    mine |= {"labels.json.orig", "README.md.orig", "notes/masks/a.png"} | ({"README.md"} - written)
+    for name in mine:
+        (dest / name).parent.mkdir(parents=True, exist_ok=True)
+        (dest / name).write_text("mine")
+    exported(small.output, dest, new, overwrite=True)
+    exported(small.output, tmp_path / "new", new)
+    assert contents(dest) == contents(tmp_path / "new") | dict.fromkeys(mine, b"mine")
+
+
+def test_a_replacement_does_not_write_over_a_file_of_somebody_else(small, tmp_path):
+    exported(small.output, tmp_path, "png")
+    (tmp_path / "README.md").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"README\.md is not of the export that is replaced.*move it"):
+        exported(small.output, tmp_path, "huggingface", overwrite=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_replacement_that_is_killed_while_it_removes_files_is_never_taken_for_an_export(
+    small, tmp_path, kind, monkeypatch
+):
+    dest, delete = tmp_path / "dest", Store.delete
+    exported(small.output, dest, kind, limit=3)
+    exported(small.output, tmp_path / "whole", kind, limit=5)
+
+    def killed(store: Store, name: str) -> None:
+        if not name.startswith("."):
+            raise KilledError
+        delete(store, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", killed)
+        with pytest.raises(KilledError):
+            exported(small.output, dest, kind, limit=5, overwrite=True)
+    for limit in (3, 5):
+        with pytest.raises(ConfigurationError, match=r"half replaced.*--overwrite"):
+            exported(small.output, dest, kind, limit=limit)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", lambda *_: None)
+        with pytest.raises(ConfigurationError, match="cannot be removed"):
+            exported(small.output, dest, kind, limit=5, overwrite=True)
+    assert exported(small.output, dest, kind, limit=5, overwrite=True).images == 5
+    assert contents(dest) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("mark", ["[]", "{}", '{"format": ["png"]}', '{"format": "of the future"}', "nothing"])
+def test_what_another_program_calls_a_marker_is_none(small, tmp_path, mark):
+    (tmp_path / "swath-export.json").write_text(mark)
+    with pytest.raises(ConfigurationError, match="files that are no export"):
+        exported(small.output, tmp_path, "png", overwrite=True)
+
+
 def test_a_dataset_is_cut_into_files_of_a_bounded_size(small, masks, tmp_path, loaded, monkeypatch):
     monkeypatch.setattr(export_huggingface, "PART_BYTES", 10_000)
     monkeypatch.setattr(export_huggingface, "GROUP_ROWS", 2)
@@ -446,6 +541,27 @@ def test_a_damaged_shard_stops_the_export_and_says_which(small, tmp_path):
     path.write_bytes(data)
     with pytest.raises(OSError, match=f"{path.name} is damaged .*; see swath verify"):
         exported(output, tmp_path / "png", "png")
+
+
+@pytest.mark.parametrize("where", [None, "confidence > 0", "regexp_matches(uri, '(')"])
+def test_a_shard_that_cannot_be_read_is_not_blamed_on_the_condition(small, tmp_path, where):
+    output = Path(shutil.copytree(small.output, tmp_path / "out"))
+    for path in sorted(output.glob("segments/*/*.parquet"))[:2]:  # DuckDB asks the first for the columns of all
+        data = path.read_bytes()
+        path.write_bytes(data[:-20])
+        with pytest.raises(OSError, match=r"out cannot be read \(.*shard-.*\); see swath verify"):
+            exported(output, tmp_path / "png", "png", where=where)
+        path.write_bytes(data)
+
+
+def test_what_the_store_says_is_the_reason_and_not_where_python_was(small, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError("the store says no")
+
+    monkeypatch.setattr(Store, "is_local", False)  # so that DuckDB has it read
+    monkeypatch.setattr(SharedFile, "fetch", refuse)
+    with pytest.raises(OSError, match=r"cannot be read \(PermissionError: the store says no\)"):
+        exported(small.output, tmp_path / "png", "png", where="confidence > 0")
 
 
 @pytest.mark.parametrize("kind", WRITERS)
