@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,10 @@ S3_OPTIONS: dict[str, Any] = {
     "request_checksum_calculation": "when_required",  # servers other than AWS refuse botocore's newer default
     "response_checksum_validation": "when_required",
 }
+
+WEB = re.compile(r"\bhttps?://", re.IGNORECASE)  # itself, or behind a cache
+USER = re.compile(r"(\bhttps?://)[^/]*@", re.IGNORECASE)
+PASSWORD = re.compile(r"://[^/:@]*:[^/]*@")
 
 
 def open_filesystem(url: str, settings: StorageSettings) -> tuple[AbstractFileSystem, str]:
@@ -87,11 +92,7 @@ def etag_of(info: Mapping[str, Any]) -> str:
 
 
 def public_url(url: str) -> str:
-    """`url` without what may be secret: a password, the query of a web address."""
-    protocol, _, rest = url.rpartition("://")
-    if not protocol:
-        return url
-    host, slash, path = rest.partition("/")
-    if protocol in ("http", "https"):
-        path = path.partition("?")[0]
-    return f"{protocol}://{host.rpartition('@')[2] if ':' in host.partition('@')[0] else host}{slash}{path}"
+    """`url` without what may be secret: a password; of a web address its user, who may be a token, and its query."""
+    if web := WEB.search(url):
+        url = url[: web.end()] + url[web.end() :].partition("?")[0]
+    return PASSWORD.sub("://", USER.sub(r"\1", url))

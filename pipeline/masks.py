@@ -53,10 +53,15 @@ def decode_mask(png: bytes) -> np.ndarray:
 
 def read_palette(png: bytes, classes: int) -> list[Colour] | None:
     """The colour of each class in a mask's palette; None where it has none, as 16 bits have."""
+    colours = palette(png)
+    return colours if len(colours) == classes else None
+
+
+def palette(png: bytes) -> list[Colour]:
+    """The colours of a mask's palette, as many as it has: none where it has none."""
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         parts = image.getpalette() or []
-    colours = [(red, green, blue) for red, green, blue in zip(parts[::3], parts[1::3], parts[2::3], strict=True)]
-    return colours if len(colours) == classes else None
+    return [(red, green, blue) for red, green, blue in zip(parts[::3], parts[1::3], parts[2::3], strict=True)]
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, labels: LabelSet, opacity: float = 0.55) -> np.ndarray:

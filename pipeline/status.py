@@ -10,6 +10,7 @@ from pipeline import seal
 from pipeline.attempts import reason
 from pipeline.commit import Contents, Run
 from pipeline.config import ConfigurationError
+from pipeline.filesystems import public_url
 from pipeline.lease import holder
 from pipeline.seal import SealError, check_record
 from pipeline.totals import Totals, add
@@ -110,11 +111,14 @@ def driver(run: Run) -> str | None:
 
 
 def how_to_go_on(run: Run, contents: Contents) -> str:
-    """The command that does what a run has left; of the model's settings a plan knows only the version."""
+    """The command that does what a run has left, without what may be secret in a URL, as it is shown and kept.
+
+    Of the model's settings a plan knows only the version.
+    """
     origin = contents.origin
     if origin.retries:
         return f"swath retry {shlex.quote(run.url.removesuffix(run.id) + origin.retries)}"
-    options: list[Any] = [*origin.input, run.store.url, "--run-id", run.id, "--policy", origin.policy]
+    options: list[Any] = [*map(public_url, origin.input), run.store.url, "--run-id", run.id, "--policy", origin.policy]
     for name in ("include", "exclude"):
         for pattern in getattr(origin, name):
             options += [f"--{name}", pattern]

@@ -151,7 +151,7 @@ def rows(
         "uri": uris,
         "etag": [f"{one:032x}" for one in etag],
         "bytes": size,
-        "format": ["JPEG"] * images,
+        "format": ["jpeg"] * images,
         "width": pa.array(width, pa.int32(), mask=~ok),
         "height": pa.array(height, pa.int32(), mask=~ok),
         "bucket": pa.array([f"512x{32 * round(512 * w / h / 32)}" for w, h in sizes], mask=~ok),

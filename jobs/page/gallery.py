@@ -19,7 +19,7 @@ from PIL import Image
 from model.labels import Colour, colour
 from pipeline.attempts import reason
 from pipeline.commit import SHARD, Run
-from pipeline.masks import PALETTE_COLOURS, decode_mask
+from pipeline.masks import PALETTE_COLOURS, decode_mask, palette
 from pipeline.originals import ImageError, Originals
 from pipeline.plan import PlannedImage
 from pipeline.query import root
@@ -72,7 +72,7 @@ class Picture:
     own_width: int  # of the image
     own_height: int
     confidence: float
-    entropy: float
+    entropy: float | None
     run_id: str
     image: str
     mask: str
@@ -154,9 +154,9 @@ def colours(rows: Sequence[dict[str, Any]]) -> dict[str, Colour]:
     """The colour that each class has in the masks of `rows`, by name."""
     found: dict[str, Colour] = {}
     for row in rows:
-        palette = palette_of(row["mask"])
+        colour_of = palette_of(row["mask"])
         for one in row["classes"]:
-            found.setdefault(one["name"], palette(one["class_id"]))
+            found.setdefault(one["name"], colour_of(one["class_id"]))
     return found
 
 
@@ -165,9 +165,9 @@ def draw_row(row: dict[str, Any], source: "Source") -> Picture:
     scale = min(1.0, SIDE / max(row["width"], row["height"]))
     width, height = (max(1, round(row[side] * scale)) for side in ("width", "height"))
     image, mask, trouble = "", "", ""
-    palette = palette_of(row["mask"])
+    colour_of = palette_of(row["mask"])
     try:
-        mask = data_url("png", small_mask(row["mask"], palette, width, height))
+        mask = data_url("png", small_mask(row["mask"], colour_of, width, height))
     except Exception as error:  # Pillow documents no set of errors for damaged data
         trouble = f"Its mask cannot be read ({type(error).__name__})."
     try:
@@ -189,7 +189,7 @@ def draw_row(row: dict[str, Any], source: "Source") -> Picture:
         image=image,
         mask=mask,
         trouble=trouble,
-        legend=[Key(one["name"], palette(one["class_id"]), one["fraction"]) for one in classes[:NAMED]],
+        legend=[Key(one["name"], colour_of(one["class_id"]), one["fraction"]) for one in classes[:NAMED]],
         classes=len(classes),
     )
 
@@ -230,13 +230,15 @@ def small_image(pixels: np.ndarray, width: int, height: int) -> bytes:
         image = image.resize((max(1, image.width // 2), max(1, image.height // 2)))
 
 
-def small_mask(mask: bytes, palette: Callable[[int], Colour], width: int, height: int) -> bytes:
+def small_mask(mask: bytes, colour_of: Callable[[int], Colour], width: int, height: int) -> bytes:
     """PNG with the colours of a mask, scaled down to `width` x `height` or less, in at most `MASK_BYTES`."""
     ids = decode_mask(mask)
     while True:
         found, places = np.unique(nearest(ids, height, width), return_inverse=True)
         image = Image.fromarray(places.reshape(height, width).clip(max=PALETTE_COLOURS - 1).astype(np.uint8), "P")
-        used = [palette(int(one)) for one in found[: PALETTE_COLOURS - 1]] + [OTHERS] * (len(found) >= PALETTE_COLOURS)
+        used = [colour_of(int(one)) for one in found[: PALETTE_COLOURS - 1]] + [OTHERS] * (
+            len(found) >= PALETTE_COLOURS
+        )
         image.putpalette([part for one in used for part in one])
         if len(data := encoded(image, "PNG", optimize=True)) <= MASK_BYTES:
             return data
@@ -252,11 +254,9 @@ def nearest(ids: np.ndarray, height: int, width: int) -> np.ndarray:
 def palette_of(mask: bytes) -> Callable[[int], Colour]:
     """The colour of each class id in a mask; those that such a label set has by itself where the mask has none."""
     try:
-        with Image.open(io.BytesIO(mask), formats=("PNG",)) as image:
-            parts = image.getpalette() or []
+        known = palette(mask)
     except Exception:  # as of `draw_row`, which says so
-        parts = []
-    known = [(parts[at], parts[at + 1], parts[at + 2]) for at in range(0, len(parts), 3)]
+        known = []
     return lambda class_id: known[class_id] if class_id < len(known) else colour(class_id)
 
 

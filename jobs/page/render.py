@@ -32,6 +32,7 @@ POLICY = (
 LONGEST = 400  # characters of a name that are shown
 CUT = "…"
 NONE = "\N{EN DASH}"
+ADDRESS = re.compile(r"\w+://[^\s'\"]+")  # in a text, where it may have a password or a signature
 # what a reader would not see, or what would have him read other text than there is (control and bidirectional ones)
 INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
@@ -95,8 +96,8 @@ def number(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def decimal(value: float, digits: int = 1) -> str:
-    return f"{value:,.{digits}f}" if math.isfinite(value) else NONE
+def decimal(value: float | None, digits: int = 1) -> str:
+    return f"{value:,.{digits}f}" if value is not None and math.isfinite(value) else NONE
 
 
 def amount(count: float) -> str:
@@ -143,8 +144,10 @@ def megapixels(octave: int) -> str:
 
 
 def name(text: str) -> str:
-    """A name from anywhere as it is to be read: what is invisible as its code, the middle of a long one left out."""
-    seen = INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """A name or text from anywhere as it is to be read: nothing in it that may be secret, what is invisible as its
+    code, the middle of a long one left out."""
+    open_to_all = ADDRESS.sub(lambda found: public_url(found[0]), text)
+    seen = INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", open_to_all)
     half = LONGEST // 2
     return seen if len(seen) <= LONGEST else f"{seen[:half]}{CUT}{seen[-half:]}"
 

@@ -1,13 +1,14 @@
 """The runs of an output: what each was, how fast it went and what it cost, and what is not finished."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
 
-from pipeline.commit import Contents, Run, damaged, runs
+from pipeline.commit import FOOTERS, Contents, Run, damaged, runs
 from pipeline.config import ConfigurationError
 from pipeline.status import driver, how_to_go_on
 from pipeline.storage import Store
@@ -29,6 +30,11 @@ NEEDED = (
     "output_bytes",
     "pixels",
 )
+
+SUMS = """
+    SELECT sum(images)::BIGINT, sum(seconds), count(*) FILTER (NOT is_whole),
+      sum(images) FILTER (is_whole)::BIGINT, sum(seconds) FILTER (is_whole)
+    FROM (SELECT *, coalesce(shards_done_before, 0) = 0 AS is_whole FROM runs)"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class FinishedRun:
     def settings(self) -> list[tuple[str, Any]]:
         """By name; what has nothing to say is left out."""
         found = self.record.get("settings", {}).items()
-        return [(name, value) for name, value in found if value not in (None, False)][:LONGEST]
+        return [(name, value) for name, value in found if value is not None and value is not False][:LONGEST]
 
     @property
     def stages(self) -> list[tuple[str, float, float]]:
@@ -121,33 +127,48 @@ class UnfinishedRun:
 
 @dataclass(frozen=True)
 class Runs:
-    """All runs; of each kind the newest `SHOWN` one by one."""
+    """All runs; of each kind the newest `SHOWN` one by one. Rates and costs of images are of those runs alone whose
+    whole time is known, as of one that was interrupted the record has the time of its last stretch."""
 
     finished: list[FinishedRun]
     unfinished: list[UnfinishedRun]
     finished_in_all: int
     unfinished_in_all: int
     images: int  # of all finished ones
-    seconds: float  # of the same
+    seconds: float  # of the same; of those that were interrupted of their last stretch
+    interrupted: int  # how many of them were
+    whole_images: int  # of the others
+    whole_seconds: float
 
 
 def read_runs(output: Store, tables: duckdb.DuckDBPyConnection) -> Runs:
     """Raises `ConfigurationError` for a plan or record that is damaged."""
     ids = tables.sql("SELECT run_id FROM runs ORDER BY finished DESC, run_id DESC").fetchall()
-    ((images, seconds),) = tables.sql("SELECT sum(images)::BIGINT, sum(seconds) FROM runs").fetchall()
+    ((images, seconds, interrupted, whole_images, whole_seconds),) = tables.sql(SUMS).fetchall()
     done = {run_id for (run_id,) in ids}
     if None in done:
         raise ConfigurationError(f"{output.url}: a run.json in it names no run; see swath verify")
-    open_runs = [run for run in runs(output) if run.id not in done]
+    open_runs = newest_plan_first(output, [run for run in runs(output) if run.id not in done])
     newest = [Run(output, run_id) for (run_id,) in ids[:SHOWN]]
     return Runs(
         finished=[read_finished(run, place < COURSES) for place, run in enumerate(newest)],
-        unfinished=[read_unfinished(run) for run in open_runs[-SHOWN:][::-1]],
+        unfinished=[read_unfinished(run) for run in open_runs[:SHOWN]],
         finished_in_all=len(ids),
         unfinished_in_all=len(open_runs),
         images=images or 0,
         seconds=seconds or 0.0,
+        interrupted=interrupted,
+        whole_images=whole_images or 0,
+        whole_seconds=whole_seconds or 0.0,
     )
+
+
+def newest_plan_first(output: Store, begun: Sequence[Run]) -> list[Run]:
+    """By when their plans were put; last those that have none yet."""
+    with ThreadPoolExecutor(FOOTERS) as pool:
+        planned = pool.map(lambda run: output.changed(run.plan_name), begun)
+        found = sorted(zip(planned, begun, strict=True), key=lambda pair: (-pair[0], pair[1].id))
+    return [run for _, run in found]
 
 
 def read_finished(run: Run, is_drawn: bool) -> FinishedRun:

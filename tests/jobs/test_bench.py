@@ -22,6 +22,19 @@ def test_the_road_is_timed_rung_by_rung():
         assert rung["peak_memory"] > 50 << 20
 
 
+def test_the_page_of_few_images_is_weighed_beside_that_of_many():
+    command = [sys.executable, "-m", "jobs.bench.report", "--images", "60", "600"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().split("\n")
+    found = json.loads(shown[-1])
+    few, many = (found["pages"][images] for images in ("60", "600"))
+    assert many["output_bytes"] > 5 * few["output_bytes"]
+    assert found["ratios"]["page_bytes"] == round(many["page_bytes"] / few["page_bytes"], 3)
+    assert 50_000 < few["page_bytes"] < 5_000_000
+    assert 0 < many["queries_seconds"] < many["seconds"]
+    assert many["peak"] > 50 << 20
+    assert f"page flat within 10%: {'yes' if found['ratios']['page_bytes'] <= found['limit'] else 'no'}" in shown
+
+
 def test_a_cluster_is_measured_from_its_first_batch_to_its_last():
     devices = [np.array([[105.0, 106.0], [106.2, 107.2]]), np.array([[105.5, 106.5], [106.5, 109.0]])]
     found = summarise(2, 4, 100.0, devices)

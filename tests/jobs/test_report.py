@@ -8,7 +8,9 @@ import shutil
 import tarfile
 import tomllib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from fnmatch import fnmatch
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,11 @@ from jobs.display import Display
 from jobs.page import make
 from jobs.page.figures import Histogram
 from jobs.page.gallery import IMAGE_BYTES, MASK_BYTES, SIDE, palette_of, small_image, small_mask
-from jobs.page.render import FOLDER, amount, dollars, duration, name, percent, place
+from jobs.page.render import FOLDER, NONE, amount, dollars, duration, name, percent, place
+from jobs.page.runs import FinishedRun
 from jobs.scenes.draw import CLASSES, PALETTE, draw_scene
 from model.labels import label_set
+from pipeline.changes import DELETIONS
 from pipeline.commit import Contents
 from pipeline.config import ConfigurationError, ReportSettings, SegmentSettings
 from pipeline.masks import decode_mask, encode_mask, overlay
@@ -113,6 +117,12 @@ def page_of(output: Path | str, folder: Path, **settings: object) -> Path:
     path = folder / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
+
+
+def words(path: Path) -> str:
+    """What a page says, without its elements."""
+    text = re.sub(r"<(style|script)>.*?</\1>|<[^>]*>", " ", path.read_text(), flags=re.DOTALL)
+    return re.sub(r" (?=[.,])", "", " ".join(unescape(text).split()))
 
 
 READABLE = """() => {
@@ -300,6 +310,7 @@ def write_rows(output: Path, rows: list[dict], run_id: str = "one", **record: ob
     if record:
         whole = {"run_id": run_id, "model_version": "model", "images": len(rows), "statuses": {"ok": len(rows)}}
         whole |= {"input_bytes": 1, "output_bytes": 1, "pixels": 1, "seconds": 2.0, "input": ["s3://in"]}
+        whole |= {"shards_done_before": 0}
         whole |= {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:00:02+00:00"}
         (folder / "run.json").write_text(json.dumps(whole | record))
 
@@ -354,6 +365,7 @@ def test_a_page_does_not_grow_with_the_rows(chromium, tmp_path):
     with Opened(chromium, tmp_path / "report.html") as opened:
         page = opened.page
         assert "9,950 of 10,000 images have a mask" in page.inner_text("header")
+        assert page.locator("#sizes th", has_text="jpeg").count() == 1, "as decoders write it"
         assert page.locator("#runs tbody").first.locator("tr").count() == 3
         assert [
             cell.split() for cell in page.locator("#outcome table").nth(1).locator("tbody tr").all_inner_texts()
@@ -408,6 +420,74 @@ def test_an_output_without_any_mask_has_a_page_too(chromium, tmp_path):
         assert "bad byte N" in text
         assert opened.page.locator("#classes, #gallery, #certainty").count() == 0
         assert opened.deeds == []
+
+
+def test_of_a_collection_that_has_gone_it_says_so(chromium, tmp_path):
+    write_rows(tmp_path / "out", [masked("s3://b/1.jpg")], statuses={"ok": 1})
+    (tmp_path / "out/deletions").mkdir()
+    gone = {"uri": "s3://b/1.jpg", "is_gone": True, "noticed": datetime(2026, 1, 2, tzinfo=UTC)}
+    pq.write_table(pa.Table.from_pylist([gone], DELETIONS), tmp_path / "out/deletions/part-00000.parquet")
+    with Opened(chromium, page_of(tmp_path / "out", tmp_path)) as opened:
+        text = opened.page.inner_text("body")
+        assert "None of its images is in the collection any more." in text
+        assert "have a mask" not in text
+        assert "With a mask".upper() not in text.upper()
+        assert opened.page.locator("#outcome table, #classes, #gallery").count() == 0
+        assert "Finished run" in text
+        assert opened.deeds == []
+
+
+def test_what_an_image_cost_is_told_of_runs_that_were_not_interrupted_alone(tmp_path):
+    hour = {"seconds": 3600.0, "statuses": {"ok": 2}, "images": 2_000}
+    write_rows(tmp_path / "out", [masked("s3://b/1.jpg")], **hour | {"images": 4_000})
+    text = words(page_of(tmp_path / "out", tmp_path, price=12))
+    assert "$3.00 for 1,000 images." in text
+    assert "at least" not in text
+    write_rows(tmp_path / "out", [masked("s3://b/1.jpg")], run_id="two", **hour, shards_done_before=1)
+    text = words(page_of(tmp_path / "out", tmp_path, price=12))
+    assert "$3.00 for 1,000 images of the runs that were not interrupted" in text
+    assert "Time of 2 runs, at least 2 h" in text
+    assert "Cost, at least $24.00" in text
+    shutil.rmtree(tmp_path / "out")
+    write_rows(tmp_path / "out", [masked("s3://b/1.jpg")], **hour, shards_done_before=1)
+    text = words(page_of(tmp_path / "out", tmp_path, price=12))
+    assert "for 1,000 images" not in text
+    assert "Cost, at least $12.00" in text
+
+
+def test_nothing_that_may_be_secret_is_on_a_page(tmp_path):
+    address = "https://me:SECRET@127.0.0.1:9/list?token=SECRET"
+    rows = [masked(f"{address}&n={n}", error=None) for n in range(2)]
+    rows.append({"uri": address, "status": "failed", "error": f"404, message='no', url='{address}' for {address}"})
+    write_rows(tmp_path / "out", rows, input=[address], checkpoint=address, settings={"policy": address})
+    write_rows(tmp_path / "out", rows, run_id="two")
+    plan = tmp_path / "out/runs/two/plan.json"
+    plan.write_text(plan.read_text().replace("s3://in", address))
+    path = page_of(tmp_path / "out", tmp_path, retry_seconds=0)
+    assert "swath segment https://127.0.0.1:9/list " in words(path)
+    assert "SECRET" not in path.read_text()
+
+
+def test_settings_of_nought_are_shown_and_those_that_are_not_set_are_not():
+    settings = {"policy": "short=512", "overlap": 0, "share": 0.0, "image_column": None, "allow_truncated": False}
+    found = FinishedRun("one", {"settings": settings | {"scaled_decoding": True}}, "").settings
+    assert found == [("policy", "short=512"), ("overlap", 0), ("share", 0.0), ("scaled_decoding", True)]
+
+
+def test_an_image_whose_entropy_is_not_known_is_shown_all_the_same(tmp_path):
+    write_rows(tmp_path / "out", [masked("s3://b/1.jpg", entropy=None)], statuses={"ok": 1}, settings={"overlap": 0.25})
+    text = words(page_of(tmp_path / "out", tmp_path))
+    assert f"Entropy {NONE} nat" in text
+    assert "Overlap 0.25" in text
+
+
+def test_runs_that_are_not_finished_are_told_newest_first(tmp_path):
+    for number, run_id in enumerate(("m", "a", "z")):
+        write_rows(tmp_path / "out", [masked("s3://b/1.jpg")], run_id=run_id)
+        os.utime(tmp_path / "out/runs" / run_id / "plan.json", (1e9 + number, 1e9 + number))
+    (tmp_path / "out/runs/begun").mkdir()
+    text = words(page_of(tmp_path / "out", tmp_path))
+    assert re.findall(r"Not finished: (\w+)", text) == ["z", "a", "m", "begun"]
 
 
 def test_numbers_that_are_none_are_left_out(chromium, tmp_path):

@@ -66,6 +66,17 @@ def test_a_run_that_is_under_way_is_told_from_what_is_there(swath, finished, out
     assert (code, json.loads(out)["complete"], json.loads(out)["shards_done"]) == (1, False, 4)
 
 
+def test_the_command_to_go_on_repeats_no_secret_of_a_url(swath, output):
+    (output / "runs/first/run.json").unlink()
+    plan = json.loads((output / "runs/first/plan.json").read_text())
+    plan["origin"]["input"] = ["https://me:SECRET@host/list?token=SECRET", "https://SECRET@host/other"]
+    (output / "runs/first/plan.json").write_text(json.dumps(plan))
+    _, out, errors = swath("status", output)
+    assert f"swath segment https://host/list https://host/other {output} --run-id first" in out
+    assert "SECRET" not in out + errors
+    assert "SECRET" not in swath("status", output, "--json")[1]
+
+
 def test_a_finished_run_that_lost_a_shard_is_not_complete(swath, output):
     next(output.glob("segments/run=first/*.parquet")).unlink()
     code, out, _ = swath("status", output)

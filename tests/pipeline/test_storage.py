@@ -155,6 +155,11 @@ def test_wrong_credentials_are_access_denied(s3, bucket, monkeypatch):
 
 def test_secrets_in_a_url_are_not_repeated():
     assert public_url("https://me:secret@host/x?sig=secret") == "https://host/x"
+    assert public_url("https://secret@host/x#1") == "https://host/x#1"
+    assert public_url("https://host?sig=secret/x") == "https://host"
+    assert public_url("HTTPS://host/x?sig=secret&next=https://other/y") == "HTTPS://host/x"
+    assert public_url("simplecache::https://me:secret@host/x?sig=secret") == "simplecache::https://host/x"
     assert public_url("ftp://me:secret@host/x") == "ftp://host/x"
+    assert public_url("abfs://container@account/x") == "abfs://container@account/x"
     assert public_url("s3://bucket/a@b") == "s3://bucket/a@b"
     assert public_url("/local/path?x") == "/local/path?x"
