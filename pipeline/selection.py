@@ -20,9 +20,9 @@ from pipeline.commit import Run, choose, runs
 from pipeline.config import ConfigurationError
 from pipeline.masks import read_palette
 from pipeline.names import common_root
-from pipeline.query import make_views, root
+from pipeline.query import make_views, printable, root
 from pipeline.storage import Store
-from pipeline.views import in_pattern
+from pipeline.views import in_pattern, sql_text
 
 ROWS = 64  # that are in memory at once
 BATCH_ROWS = 50_000  # of the choice, from DuckDB at once
@@ -37,7 +37,7 @@ CHOOSE = """
                WHERE ({where}
                ) ORDER BY uri LIMIT {limit}) wanted USING (uri, run_id)
 """
-OF_RUN = "CREATE OR REPLACE VIEW of_run AS FROM segments WHERE run_id = '{run}'"
+OF_RUN = "CREATE OR REPLACE VIEW of_run AS FROM segments WHERE run_id = {run}"
 SUMMARY = "SELECT count(*), min(uri), max(uri), bit_xor(md5_number(concat_ws(' ', run, shard, row))) FROM chosen"
 PLACES = "SELECT run, shard, row, number, part FROM chosen ORDER BY run, shard, row"
 ALL = 1 << 62  # rows
@@ -149,7 +149,7 @@ def select(tables: duckdb.DuckDBPyConnection, output: Store, wanted: Wanted) -> 
     try:
         make_views(tables, output)
         if wanted.run_id is not None:
-            tables.execute(OF_RUN.format(run=wanted.run_id.replace("'", "''")))
+            tables.execute(OF_RUN.format(run=sql_text(wanted.run_id)))
     except duckdb.Error as error:
         raise unreadable(output, error) from None
     records = finished_records(output, wanted.run_id)
@@ -192,7 +192,7 @@ def unreadable(output: Store, error: duckdb.Error) -> OSError:
 
 def one_line(error: duckdb.Error) -> str:
     """What DuckDB says first; where it tells of an error in Python, as the store's are, that without where it was."""
-    first, *others = str(error).strip().splitlines()
+    first, *others = printable(str(error).strip()).splitlines()
     if not first.startswith("Traceback"):
         return first
     return next((line for line in others if line and not line[0].isspace()), first)
