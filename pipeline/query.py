@@ -58,13 +58,14 @@ def connect(output: Store) -> Iterator[duckdb.DuckDBPyConnection]:
 
 def make_views(tables: duckdb.DuckDBPyConnection, output: Store) -> None:
     """The same in a DuckDB that is there."""
-    if not output.names("segments"):
+    runs = output.names("segments")
+    if not runs:
         raise ConfigurationError(f"{output.url}: no segments are here; give the OUTPUT of swath segment")
     tables.execute("SET autoinstall_known_extensions = false")  # nothing is loaded from anywhere without being asked
     if not is_plain_path(output):
         tables.register_filesystem(OutputFiles(output))
         tables.execute(f"SET threads = {REQUESTS}")  # which wait most of the time
-    tables.execute(views_at(output, root(output)))
+    tables.execute(views_at(output, root(output), is_one_run=len(runs) == 1))
 
 
 def root(output: Store) -> str:

@@ -60,13 +60,15 @@ CREATE OR REPLACE VIEW returns AS
 REASON = r"""regexp_replace(regexp_replace(regexp_replace(error,
     '''[^'']*''|"[^"]*"|\b\w+://\S+', '…', 'g'), '\b[0-9a-fA-F-]{16,}\b', '…', 'g'), '\d+', 'N', 'g')"""
 PLACES = "(SELECT run_id, row_number() OVER (ORDER BY finished, run_id) AS place FROM runs)"
+CURRENT_OF_ONE = """
+CREATE OR REPLACE VIEW current AS
+  SELECT s.* FROM segments s SEMI JOIN runs USING (run_id)"""
 # written out twice, as DuckDB reads every column of what is joined with a CTE that it keeps
 CURRENT = """
 CREATE OR REPLACE VIEW current AS
   SELECT s.* FROM segments s JOIN {places} this USING (run_id)
   ANTI JOIN (SELECT uri, place FROM segments JOIN {places} that USING (run_id) WHERE place > 1) later
-    ON later.uri = s.uri AND later.place > this.place
-  ANTI JOIN deletions ON deletions.uri = s.uri;"""
+    ON later.uri = s.uri AND later.place > this.place"""
 # after the runs that were finished by then; this too is written out twice
 BACK = """(SELECT uri, run_id, 0.5 + (SELECT count(*) FROM runs WHERE finished <= noticed) AS place
       FROM returns SEMI JOIN runs USING (run_id))"""
@@ -77,8 +79,9 @@ CREATE OR REPLACE VIEW current AS
   ANTI JOIN (
     SELECT uri, place FROM segments JOIN {places} that USING (run_id) WHERE place > 1
     UNION ALL SELECT uri, place FROM {back_places} that) later
-    ON later.uri = s.uri AND later.place > coalesce(back.place, this.place)
-  ANTI JOIN deletions ON deletions.uri = s.uri;"""
+    ON later.uri = s.uri AND later.place > coalesce(back.place, this.place)"""
+STILL_THERE = """
+  ANTI JOIN deletions ON deletions.uri = s.uri"""
 CLASS_STATS = """
 CREATE OR REPLACE VIEW class_stats AS
   SELECT uri, width, height, unnest(classes).class_id AS class_id, unnest(classes).name AS name,
@@ -101,15 +104,19 @@ def local_root(output: Store) -> str:
     return output.uri("").rstrip("/").removeprefix("file://")
 
 
-def views_at(output: Store, root: str) -> str:
-    """The same where the engine that is asked reaches the output at `root`, a path or URL."""
-    has_returns = bool(log_parts(output, BACK_FOLDER))
+def views_at(output: Store, root: str, is_one_run: bool = False) -> str:
+    """The same where the engine that is asked reaches the output at `root`, a path or URL.
+
+    Where there is but one run, and will be while these views are used, `current` need not look for later ones.
+    """
+    has_gone, has_returns = (bool(log_parts(output, folder)) for folder in (GONE_FOLDER, BACK_FOLDER))
+    current = CURRENT_OF_ONE if is_one_run else CURRENT_AND_BACK if has_returns else CURRENT
     parts = [
         SEGMENTS,
         RUNS,
-        GONE if log_parts(output, GONE_FOLDER) else NONE_GONE,
+        GONE if has_gone else NONE_GONE,
         RETURNED if has_returns else NONE_RETURNED,
-        CURRENT_AND_BACK if has_returns else CURRENT,
+        current + (STILL_THERE if has_gone else "") + ";",
         CLASS_STATS,
         FAILURES,
     ]
