@@ -129,6 +129,7 @@ def watch(port: int, target: int, command: list[str]) -> int:
                     code = process.wait()
                 except (KeyboardInterrupt, SystemExit):
                     process.send_signal(signal.SIGINT if process.poll() is None else 0)
+                    process.wait()  # which Popen itself does for a quarter of a second
                     raise
         print(f"\nopen     {server.page()}\nends     with Ctrl-C", flush=True)
         signal.pause()

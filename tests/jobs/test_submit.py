@@ -128,7 +128,7 @@ def test_a_cluster_gets_the_code_and_the_settings_and_nothing_else(tmp_path):
             assert sent == {SETTINGS}
         else:
             assert {"jobs/__main__.py", "pipeline/run.py", "model/segformer.py"} < sent
-            assert {Path(name).suffix for name in sent - {SETTINGS}} <= {".py", ".so"}
+            assert {Path(name).suffix for name in sent - {SETTINGS}} <= {".py", ".so", ".html", ".css", ".js"}
             assert not any("bench" in name or "tests" in name for name in sent)
 
 
