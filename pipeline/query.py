@@ -9,7 +9,6 @@ import fnmatch
 import itertools
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from fsspec import AbstractFileSystem
 from pipeline.config import ConfigurationError
 from pipeline.reader import ObjectFile, Reader
 from pipeline.storage import Store
-from pipeline.views import local_root, sql_text, views_at
+from pipeline.tables import workspace
+from pipeline.views import local_root, views_at
 
 PROTOCOL = "swath"  # of an output that is reached through `OutputFiles`
 REQUESTS = 32  # in flight to an object store
@@ -48,12 +48,11 @@ class Question:
 @contextlib.contextmanager
 def connect(output: Store) -> Iterator[duckdb.DuckDBPyConnection]:
     """A DuckDB of its own with the views of an output. Raises `ConfigurationError` where that has no rows."""
-    with tempfile.TemporaryDirectory(prefix="swath-") as folder, duckdb.connect() as tables:
-        tables.execute(f"SET temp_directory = {sql_text(folder)}")  # else the current folder, where one sorts much
-        tables.execute("SET preserve_insertion_order = false")
-        tables.execute("SET enable_profiling = 'no_output'")  # for `bytes_read`
-        make_views(tables, output)
-        yield tables
+    with workspace() as space:
+        space.tables.execute("RESET memory_limit")  # a person's question may have what the machine has
+        space.tables.execute("SET enable_profiling = 'no_output'")  # for `bytes_read`
+        make_views(space.tables, output)
+        yield space.tables
 
 
 def make_views(tables: duckdb.DuckDBPyConnection, output: Store) -> None:
