@@ -9,12 +9,10 @@ SETTINGS = ViewsSettings
 
 
 def run(settings: ViewsSettings) -> int:
-    from pipeline.config import ConfigurationError
     from pipeline.storage import Store
-    from pipeline.views import views
+    from pipeline.views import run_folders, views
 
     output = Store(settings.output, settings)
-    if not output.names("segments"):
-        raise ConfigurationError(f"{output.url}: no segments are here; give the OUTPUT of swath segment")
+    run_folders(output)
     print(views(output))
     return 0

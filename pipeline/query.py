@@ -24,7 +24,7 @@ from pipeline.config import ConfigurationError
 from pipeline.reader import ObjectFile, Reader
 from pipeline.storage import Store
 from pipeline.tables import workspace
-from pipeline.views import local_root, views_at
+from pipeline.views import local_root, run_folders, views_at
 
 PROTOCOL = "swath"  # of an output that is reached through `OutputFiles`
 REQUESTS = 32  # in flight to an object store
@@ -57,9 +57,7 @@ def connect(output: Store) -> Iterator[duckdb.DuckDBPyConnection]:
 
 def make_views(tables: duckdb.DuckDBPyConnection, output: Store) -> None:
     """The same in a DuckDB that is there."""
-    runs = output.names("segments")
-    if not runs:
-        raise ConfigurationError(f"{output.url}: no segments are here; give the OUTPUT of swath segment")
+    runs = run_folders(output)
     tables.execute("SET autoinstall_known_extensions = false")  # nothing is loaded from anywhere without being asked
     if not is_plain_path(output):
         tables.register_filesystem(OutputFiles(output))

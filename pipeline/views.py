@@ -17,6 +17,7 @@ import json
 from glob import escape
 
 from pipeline.changes import BACK_FOLDER, GONE_FOLDER, log_parts
+from pipeline.config import ConfigurationError
 from pipeline.storage import Store
 
 SEGMENTS = """
@@ -97,6 +98,13 @@ CREATE OR REPLACE VIEW failures AS
 def views(output: Store) -> str:
     """SQL that makes the views of an output that has rows; whether anything has gone or returned is as of now."""
     return views_at(output, local_root(output))
+
+
+def run_folders(output: Store) -> list[str]:
+    """The folders with rows, one a run. Raises `ConfigurationError` where there is none."""
+    if not (found := output.names("segments")):
+        raise ConfigurationError(f"{output.url}: no segments are here; give the OUTPUT of swath segment")
+    return found
 
 
 def local_root(output: Store) -> str:
