@@ -7,7 +7,6 @@ purpose. FOLDER is made anew each time.
   swath demo
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,8 @@ from pydantic import Field
 
 from jobs import query, report
 from jobs.display import EXAMPLE, Display, print_record
-from jobs.scenes.draw import CLASSES, PALETTE, TRAINING_SEEDS, draw_scene
+from jobs.scenes.draw import TRAINING_SEEDS, fresh_folder
+from jobs.scenes.street import CLASSES, PALETTE, draw_scene
 from model.labels import label_set
 from pipeline.config import ConfigurationError, MetricsSettings, QuerySettings, ReportSettings, SegmentSettings, option
 from pipeline.masks import decode_mask, overlay
@@ -53,7 +53,7 @@ def run(settings: DemoSettings) -> int:
 
     if not 1 <= settings.images <= TRAINING_SEEDS:
         raise ConfigurationError(f"images: must be from 1 to {TRAINING_SEEDS:,} (got {settings.images})")
-    folder = fresh_folder(Path(settings.folder))
+    folder = fresh_folder(Path(settings.folder), MARKER)
     scenes = draw_collection(folder / "images", settings.images)
     job = SegmentSettings(
         input=(str(folder / "images"),),
@@ -78,16 +78,6 @@ def run(settings: DemoSettings) -> int:
     print(f"masks take {record['output_bytes'] / record['pixels']:.4f} bytes a pixel")
     print(f"picture  {picture}")
     return report.run(ReportSettings(output=job.output, to=str(folder / "report.html")))
-
-
-def fresh_folder(folder: Path) -> Path:
-    """`folder`, empty but for the marker. Raises `ConfigurationError` for a folder that is somebody else's."""
-    if folder.exists() and not (folder / MARKER).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(f"{folder} exists and is not a demo's; give another FOLDER")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / MARKER).touch()
-    return folder
 
 
 def draw_collection(folder: Path, images: int) -> dict[str, tuple[int, int, int]]:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from jobs.bench.model import processor
 from jobs.demo import WEIGHTS
-from jobs.scenes.draw import CLASSES, draw_scene
+from jobs.scenes.street import CLASSES, draw_scene
 from model.checkpoint import load_checkpoint
 from model.predictor import Predictor, use_threads
 from pipeline.decode import decode, resize

@@ -82,7 +82,7 @@ class Stretch:
 @cache
 def flat_mask(height: int, width: int) -> Segmentation:
     """Areas as a network finds them: a real mask of the demo's, at any size."""
-    from jobs.scenes.draw import CLASSES, draw_scene
+    from jobs.scenes.street import CLASSES, draw_scene
 
     mask = draw_scene(0, 640, 480).mask
     rows, columns = (np.arange(size) * mask.shape[axis] // size for axis, size in enumerate((height, width)))

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from jobs.scenes.draw import CLASSES, PALETTE, TRAINING_SEEDS, draw_scene
+from jobs.scenes.draw import TRAINING_SEEDS
+from jobs.scenes.street import CLASSES, PALETTE, draw_scene
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, load_checkpoint, save_huggingface
 from model.labels import label_set
 from model.segformer import Segformer, variant
