@@ -77,9 +77,16 @@ class Scores:
     @classmethod
     def empty(cls, classes: int) -> "Scores":
         """Of no image yet."""
-        shapes = [(classes, classes + 1), (3, classes)], [(2, len(OVERALL)), (2, len(BY_CLASS), classes)]
-        counted, summed = ([np.zeros(shape, np.int64) for shape in some] for some in shapes)
-        return cls(*counted, 0, 0, *summed, np.zeros((len(BY_CLASS), classes), np.int64))
+        overall, by_class = len(OVERALL), len(BY_CLASS)
+        return cls(
+            confusion=np.zeros((classes, classes + 1), np.int64),
+            boundary=np.zeros((3, classes), np.int64),
+            images=0,
+            ignored=0,
+            overall=np.zeros((2, overall), np.int64),
+            by_class=np.zeros((2, by_class, classes), np.int64),
+            counts=np.zeros((by_class, classes), np.int64),
+        )
 
     @property
     def classes(self) -> int:
