@@ -9,7 +9,22 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from jobs import demo, export, index, nightly, plan, query, report, retry, segment, status, submit, verify, views
+from jobs import (
+    demo,
+    export,
+    finetune,
+    index,
+    nightly,
+    plan,
+    query,
+    report,
+    retry,
+    segment,
+    status,
+    submit,
+    verify,
+    views,
+)
 from pipeline import stopping
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
 
@@ -25,6 +40,7 @@ JOBS = {
     "views": views,
     "report": report,
     "export": export,
+    "finetune": finetune,
     "submit": submit,
     "demo": demo,
 }
@@ -108,13 +124,14 @@ def explain(error: Exception) -> tuple[int, str] | None:
     from model.checkpoint import CheckpointError
     from pipeline.attempts import ERRORS, reason
     from pipeline.cluster import ClusterError
+    from pipeline.course import UnfinishedError
     from pipeline.lease import HeldError
     from pipeline.run import IncompleteRunError
     from pipeline.stopping import StoppedError
 
     if isinstance(error, StoppedError):
         return 128 + error.number, str(error)
-    if isinstance(error, (IncompleteRunError, ClusterError)):
+    if isinstance(error, (IncompleteRunError, UnfinishedError, ClusterError)):
         return 1, str(error)
     if isinstance(error, (CheckpointError, HeldError)):
         return 2 if isinstance(error, CheckpointError) else 3, f"error: {error}"
