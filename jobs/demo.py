@@ -1,7 +1,7 @@
 """Draw a small collection of street scenes, segment it here, and show what came out.
 
 Needs no cluster, no bucket and no download: the scenes are drawn, their ground truth is therefore known, and the
-network is one that this project ships, trained on other scenes (jobs/scenes/train.py). A few files are broken on
+network is one that this project ships, trained on other scenes (make weights). A few files are broken on
 purpose. FOLDER is made anew each time.
 
   swath demo

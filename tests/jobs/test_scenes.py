@@ -1,18 +1,26 @@
 """Drawn scenes: the same everywhere, of the sizes that were asked for, and of as many kinds as there are."""
 
 import hashlib
+import itertools
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.scenes import draw
-from jobs.scenes.draw import KINDS, Drawing
+from jobs.cli import read_command
+from jobs.demo import WEIGHTS
+from jobs.scenes import draw, ship
+from jobs.scenes.draw import KINDS, TRAINING_SEEDS, Drawing
+from model.checkpoint import load_checkpoint
+from model.labels import label_set
 from pipeline.masks import decode_mask, palette
 
+ROOT = Path(__file__).parents[2]
 STREETS = "8f8866b495e6ed192dc796aa7c3432f3336468a593affbbe5210f4c952c13162"
 
 
@@ -124,3 +132,36 @@ def test_no_class_of_a_harbour_is_told_by_its_colour():
     guess = counts.argmax(axis=1)[colours]
     ious = [((guess == c) & (truth == c)).sum() / ((guess == c) | (truth == c)).sum() for c in range(counts.shape[1])]
     assert np.mean(ious) < 0.45
+
+
+def recipe():
+    """The commands of `make weights`, as words without their program."""
+    printed = subprocess.run(
+        ["make", "--dry-run", "--always-make", "weights"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.replace("\\\n", " ")
+    return [shlex.split(line.partition(" ")[2]) for line in printed.splitlines() if ".weights" in line]
+
+
+def test_the_demos_weights_are_made_by_finetune_from_drawn_scenes_alone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    drawing, *teaching, shipping = recipe()
+    assert drawing[:3] == ["-m", "jobs.scenes.draw", ".weights/scenes"]
+    assert not {"--seed", "--kind"} & set(drawing)
+    assert TRAINING_SEEDS > 48  # of the demo's scenes
+    jobs, _, settings = zip(*map(read_command, teaching), strict=True)
+    assert set(jobs) == {"finetune"}
+    assert settings[0].checkpoint == "new:b0"
+    for before, after in itertools.pairwise(settings):
+        assert before.out.endswith(after.checkpoint)
+    assert all(one.images.endswith(".weights/scenes/images") for one in settings)
+    assert shipping[1:] == ["jobs.scenes.ship", ".weights/large", "jobs/scenes/weights"]
+    assert settings[-1].out.endswith(shipping[2])
+
+
+def test_what_is_shipped_is_half_as_large_and_the_same_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ship", str(WEIGHTS), str(tmp_path / "out")])
+    ship.main()
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 8e6
+    shipped, known = load_checkpoint(str(tmp_path / "out")), load_checkpoint(str(WEIGHTS))
+    assert shipped.digest == known.digest
+    assert shipped.labels == known.labels == label_set(list(KINDS["street"].classes), list(KINDS["street"].palette))
