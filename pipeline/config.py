@@ -29,6 +29,7 @@ GROUPS = (
     "Workers",
     "Storage",
     "Metrics",
+    "Evaluation",
     "Ground truth",
     "Report",
     "Export",
@@ -513,6 +514,69 @@ class TruthSettings(BaseModel):
     @classmethod
     def _truth_map(cls, value: Any) -> Any:
         return mapping(value)
+
+
+class EvaluateSettings(OutputArgument, ClusterSettings, TruthSettings):
+    """What `swath evaluate` needs."""
+
+    truth: str = Field(
+        description="masks of ground truth: a folder, bucket or prefix, a glob ('/data/gtFine/val/*/*_labelIds.png'), "
+        "tar or Parquet files, or a table with a column of images and one of masks (CSV, JSON Lines, Parquet)"
+    )
+    run_id: str | None = option(
+        None, "all masks of this run (default: of each image the newest, of all finished runs)", "Evaluation", "ID"
+    )
+    where: str | None = option(
+        None, "only rows for which this SQL is true ('width > 640'; columns as in the output)", "Evaluation", "SQL"
+    )
+    classes: tuple[str, ...] = Field(
+        (),
+        alias="class",
+        description="a class to evaluate, whose ids in the truth are 0, 1, ... in this order; repeatable (default: "
+        "the network's classes)",
+        json_schema_extra={"group": "Evaluation", "metavar": "NAME"},
+    )
+    mask_map: dict[str, str] = option(
+        {},
+        "which class a class of the network counts as, as CLASS=CLASS, names or ids; '*=CLASS' for all that have "
+        "none of their own (default: the one of the same name, else none, which is wrong everywhere); repeatable",
+        "Evaluation",
+        "CLASS=CLASS",
+    )
+    name: str | None = option(
+        None,
+        "name of the evaluation, in OUTPUT/evaluations (default: the run and a digest of what is compared, so that the "
+        "same command gives the same)",
+        "Evaluation",
+        "ID",
+    )
+    overwrite: bool = option(False, "replace an evaluation of that name that is of something else", "Evaluation")
+    as_json: bool = Field(
+        False,
+        alias="json",
+        description="print one JSON object, for scripts",
+        json_schema_extra={"group": "Evaluation", "metavar": None},
+    )
+
+    @field_validator("truth")
+    @classmethod
+    def _truth(cls, value: str) -> str:
+        return absolute(value)
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("mask_map", mode="before")
+    @classmethod
+    def _mask_map(cls, value: Any) -> Any:
+        return mapping(value)
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        return value if value is None else plain_name(value)
 
 
 class ReportSettings(OutputArgument, StorageSettings):
