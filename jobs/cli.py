@@ -9,7 +9,22 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from jobs import demo, export, index, nightly, plan, query, report, retry, segment, status, submit, verify, views
+from jobs import (
+    demo,
+    evaluate,
+    export,
+    index,
+    nightly,
+    plan,
+    query,
+    report,
+    retry,
+    segment,
+    status,
+    submit,
+    verify,
+    views,
+)
 from pipeline import stopping
 from pipeline.config import GROUPS, ConfigurationError, build, read_yaml
 
@@ -25,6 +40,7 @@ JOBS = {
     "views": views,
     "report": report,
     "export": export,
+    "evaluate": evaluate,
     "submit": submit,
     "demo": demo,
 }

@@ -29,6 +29,8 @@ GROUPS = (
     "Workers",
     "Storage",
     "Metrics",
+    "Evaluation",
+    "Ground truth",
     "Report",
     "Export",
     "Demo",
@@ -492,6 +494,128 @@ class ExportSettings(OutputArgument, StorageSettings):
         return value if value is None else positive(value)
 
 
+class TruthSettings(BaseModel):
+    """How masks of ground truth are found, and what their pixels mean."""
+
+    rename: tuple[str, ...] = option(
+        (),
+        "what to change in an image's name to have its mask's, as FROM=TO: a regular expression and what takes its "
+        "place ('_leftImg8bit$=_gtFine_labelIds'); names are those below the root, without suffix; repeatable",
+        "Ground truth",
+        "FROM=TO",
+    )
+    truth_map: dict[str, str] = option(
+        {},
+        "what an id or a colour in the masks means, as ID=CLASS or #RRGGBB=CLASS, CLASS being a name, an id or "
+        "'ignore'; '*=ignore' ignores all others, which else are an error; where there is any ID, only these are "
+        "known; repeatable",
+        "Ground truth",
+        "ID=CLASS",
+    )
+    ignore_id: tuple[int, ...] = option(
+        (),
+        "id in the masks whose pixels count nowhere; repeatable (default: 255, unless a class has it)",
+        "Ground truth",
+        "N",
+    )
+    reduce_labels: bool = option(
+        False, "ids in the masks begin at 1, and 0 is ignored, as ADE20K has it", "Ground truth"
+    )
+    truth_image_column: str | None = option(
+        None,
+        "column of a manifest that has the images (default: uri, url, path, file or image)",
+        "Ground truth",
+        "NAME",
+    )
+    truth_mask_column: str | None = option(
+        None,
+        "column of a manifest that has their masks, or of Parquet files with masks in them (default: mask, label, "
+        "annotation or the like)",
+        "Ground truth",
+        "NAME",
+    )
+
+    @field_validator("rename", "ignore_id", mode="before")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, int)) else value
+
+    @field_validator("rename")
+    @classmethod
+    def _renames(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all("=" in one for one in value):
+            raise ValueError("expected FROM=TO")
+        return value
+
+    @field_validator("truth_map", mode="before")
+    @classmethod
+    def _truth_map(cls, value: Any) -> Any:
+        return mapping(value)
+
+
+class EvaluateSettings(OutputArgument, ClusterSettings, TruthSettings):
+    """What `swath evaluate` needs."""
+
+    truth: str = Field(
+        description="masks of ground truth: a folder, bucket or prefix, a glob ('/data/gtFine/val/*/*_labelIds.png'), "
+        "tar or Parquet files, or a table with a column of images and one of masks (CSV, JSON Lines, Parquet)"
+    )
+    run_id: str | None = option(
+        None, "all masks of this run (default: of each image the newest, of all finished runs)", "Evaluation", "ID"
+    )
+    where: str | None = option(
+        None, "only rows for which this SQL is true ('width > 640'; columns as in the output)", "Evaluation", "SQL"
+    )
+    classes: tuple[str, ...] = Field(
+        (),
+        alias="class",
+        description="a class to evaluate, whose ids in the truth are 0, 1, ... in this order; repeatable (default: "
+        "the network's classes)",
+        json_schema_extra={"group": "Evaluation", "metavar": "NAME"},
+    )
+    mask_map: dict[str, str] = option(
+        {},
+        "which class a class of the network counts as, as CLASS=CLASS, names or ids; '*=CLASS' for all that have "
+        "none of their own (default: the one of the same name, else none, which is wrong everywhere); repeatable",
+        "Evaluation",
+        "CLASS=CLASS",
+    )
+    name: str | None = option(
+        None,
+        "name of the evaluation, in OUTPUT/evaluations (default: the run and a digest of what is compared, so that the "
+        "same command gives the same)",
+        "Evaluation",
+        "ID",
+    )
+    overwrite: bool = option(False, "replace an evaluation of that name that is of something else", "Evaluation")
+    as_json: bool = Field(
+        False,
+        alias="json",
+        description="print one JSON object, for scripts",
+        json_schema_extra={"group": "Evaluation", "metavar": None},
+    )
+
+    @field_validator("truth")
+    @classmethod
+    def _truth(cls, value: str) -> str:
+        return absolute(value)
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("mask_map", mode="before")
+    @classmethod
+    def _mask_map(cls, value: Any) -> Any:
+        return mapping(value)
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        return value if value is None else plain_name(value)
+
+
 class ReportSettings(OutputArgument, StorageSettings):
     """What `swath report` needs."""
 
@@ -577,6 +701,15 @@ class SubmitSettings(BaseModel):
             if not re.match(r"[A-Za-z_][A-Za-z0-9_]*(=|$)", text):
                 raise ValueError("expected NAME or NAME=VALUE")
         return value
+
+
+def mapping(value: Any) -> Any:
+    """From the command line a list of KEY=VALUE, as it is from a file. Raises ValueError."""
+    if not isinstance(value, list):
+        return value
+    if not all("=" in one for one in value):
+        raise ValueError("expected KEY=VALUE")
+    return dict(one.split("=", 1) for one in value)
 
 
 def absolute(url: str) -> str:

@@ -43,6 +43,7 @@ ONCE = """  -- where a listing and a manifest differ, the listing is right
     CREATE OR REPLACE TABLE listing AS
     SELECT DISTINCT ON (uri) * FROM listing ORDER BY uri, root DESC, etag
 """
+OWN = ("index", "runs", "segments", "deletions", "returns", "evaluations")  # folders of an output
 PAGE = 10_000  # entries between two words to whoever waits
 
 
@@ -102,14 +103,13 @@ def has_images(url: str, settings: IndexSettings, reader: Reader) -> bool:
     )
 
 
-def walk(url: str, settings: IndexSettings, output: Store, skipped: Counter[str]) -> Iterator[pa.Table]:
-    """What lies below a prefix, or matches a glob."""
-    root, beginning, matches = url, "", None
+def walk(url: str, settings: IndexSettings, output: Store | None, skipped: Counter[str]) -> Iterator[pa.Table]:
+    """What lies below a prefix, or matches a glob, but for what an output there has of its own."""
+    root, beginning, matches = root_of(url), "", None
     if is_glob(url):
-        literal = re.split(r"[*?\[]", url, maxsplit=1)[0]
-        root, _, beginning = literal.rpartition("/")
-        matches = re.compile(glob_translate(url[len(root) + 1 :])).match
-    store = Store(root or "/", settings)
+        beginning = re.split(r"[*?\[]", url, maxsplit=1)[0].rpartition("/")[2]
+        matches = re.compile(glob_translate(url[len(root.rstrip("/")) + 1 :])).match
+    store = Store(root, settings)
     before = len(store.uri("").rstrip("/")) + 1
     found = select(store.listing(beginning), matches, settings, output, skipped)
     while page := list(islice(found, PAGE)):
@@ -125,6 +125,11 @@ def walk(url: str, settings: IndexSettings, output: Store, skipped: Counter[str]
         )
 
 
+def root_of(url: str) -> str:
+    """What names below a URL are relative to: itself, or the folder before the first wildcard."""
+    return (re.split(r"[*?\[]", url, maxsplit=1)[0].rpartition("/")[0] or "/") if is_glob(url) else url
+
+
 def is_glob(url: str) -> bool:
     """Whether a URL has wildcards, and is no local file or folder of that very name."""
     return bool(re.search(r"[*?\[]", url)) and not os.path.exists(url.removeprefix("file://"))
@@ -134,12 +139,12 @@ def select(
     listing: Iterator[tuple[str, Entry | None]],
     matches: Callable[[str], object] | None,
     settings: IndexSettings,
-    output: Store,
+    output: Store | None,
     skipped: Counter[str],
 ) -> Iterator[tuple[Entry, str]]:
     """The entries that are images or hold some, by name, and their kinds; the others are counted in `skipped`."""
-    root = output.uri("").rstrip("/")  # an output inside its own collection is not a part of it
-    own = tuple(f"{root}/{folder}/" for folder in ("index", "runs", "segments", "deletions", "returns"))
+    root = output.uri("").rstrip("/") if output else ""  # an output inside its own collection is not a part of it
+    own = tuple(f"{root}/{folder}/" for folder in OWN) if output else ()
     for name, entry in listing:
         if matches and not any(map(matches, [name, *parents(name)])):
             continue

@@ -40,16 +40,22 @@ def named_by_table(url: str, reader: Reader, folder: str, uri_column: str | None
     if columns["uri"] not in names:
         raise ConfigurationError(f"{url}: which column has the URIs? It has {', '.join(names)}; see --uri-column")
     for rows in read(url, reader, {name: ours for ours, name in columns.items() if name}):
-        uris = rows["uri"]
-        if pc.any(pc.match_substring_regex(uris, CREDENTIALS)).as_py():
-            raise ConfigurationError(
-                f"{url}: credentials in a URI (a password, a signature) would be in every row; leave them out"
-            )
-        relative = pc.binary_join_element_wise(f"{folder.rstrip('/')}/", uris, "")
-        uris = pc.if_else(pc.starts_with(uris, "/"), pc.binary_join_element_wise("file://", uris, ""), uris)
-        uris = pc.if_else(pc.match_substring(uris, "://"), uris, relative)
+        uris = absolute_uris(url, rows["uri"], folder)
         etags = pc.utf8_trim(rows["etag"], '"')  # as S3 itself writes them
         yield rows.set_column(0, "uri", uris).set_column(1, "etag", etags)
+
+
+def absolute_uris(url: str, uris: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
+    """What a table at `url` names, as URIs, relative to `folder` where there is no protocol. Raises
+    `ConfigurationError`.
+    """
+    if pc.any(pc.match_substring_regex(uris, CREDENTIALS)).as_py():
+        raise ConfigurationError(
+            f"{url}: credentials in a URI (a password, a signature) would be in every row; leave them out"
+        )
+    relative = pc.binary_join_element_wise(f"{folder.rstrip('/')}/", uris, "")
+    uris = pc.if_else(pc.starts_with(uris, "/"), pc.binary_join_element_wise("file://", uris, ""), uris)
+    return pc.if_else(pc.match_substring(uris, "://"), uris, relative)
 
 
 def named_by_inventory(url: str, reader: Reader) -> Iterator[pa.Table]:
