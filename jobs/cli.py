@@ -13,6 +13,7 @@ from jobs import (
     demo,
     evaluate,
     export,
+    finetune,
     index,
     nightly,
     plan,
@@ -41,6 +42,7 @@ JOBS = {
     "report": report,
     "export": export,
     "evaluate": evaluate,
+    "finetune": finetune,
     "submit": submit,
     "demo": demo,
 }
@@ -124,13 +126,14 @@ def explain(error: Exception) -> tuple[int, str] | None:
     from model.checkpoint import CheckpointError
     from pipeline.attempts import ERRORS, reason
     from pipeline.cluster import ClusterError
+    from pipeline.course import UnfinishedError
     from pipeline.lease import HeldError
     from pipeline.run import IncompleteRunError
     from pipeline.stopping import StoppedError
 
     if isinstance(error, StoppedError):
         return 128 + error.number, str(error)
-    if isinstance(error, (IncompleteRunError, ClusterError)):
+    if isinstance(error, (IncompleteRunError, UnfinishedError, ClusterError)):
         return 1, str(error)
     if isinstance(error, (CheckpointError, HeldError)):
         return 2 if isinstance(error, CheckpointError) else 3, f"error: {error}"

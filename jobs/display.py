@@ -80,11 +80,19 @@ class Display:
     def drawing(self, done: int, total: int) -> None:
         self.show("drawing the gallery", done, total, "")
 
-    def show(self, work: str, done: int, total: int, note: str) -> None:
+    def checking(self, done: int, total: int, left_out: int) -> None:
+        self.show("checking pairs", done, total, f"{left_out:,} left out" if left_out else "")
+
+    def learning(self, step: int, steps: int, images: int, loss: float, best: float | None) -> None:
+        scores = "" if best is None else f"  best mean IoU {best:.3f}"
+        self.show("learning: step", step, steps, f"loss {loss:.3f}{scores}", images)
+
+    def show(self, work: str, done: int, total: int, note: str, images: int = 1) -> None:
+        """`images` is how many each of what is counted stands for."""
         now = time.monotonic()
         began, already = self.first.setdefault(work, (now, done))
         rate = (done - already) / (now - began) if done > already else 0.0
-        detail = "  ".join(filter(None, [f"{rate:,.1f} images/s" if rate else "", note]))
+        detail = "  ".join(filter(None, [f"{rate * images:,.1f} images/s" if rate else "", note]))
         if self.console.is_terminal:
             if work not in self.tasks:
                 self.tasks[work] = self.bar.add_task(work, total=total or None, detail=detail)

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import fsspec
@@ -98,10 +98,27 @@ def assemble(
 
 def save_huggingface(model: Segformer, labels: LabelSet, folder: str, dtype: torch.dtype = torch.float32) -> None:
     """Write `folder` in Hugging Face's layout (old key names, which every version of transformers reads)."""
-    config, filesystem = model.config, fsspec.filesystem("file")
+    filesystem = fsspec.filesystem("file")
+    filesystem.makedirs(folder, exist_ok=True)
+    for name, data in huggingface_files(model, labels, dtype=dtype).items():
+        filesystem.pipe_file(f"{folder}/{name}", data)
+
+
+def huggingface_files(
+    model: Segformer,
+    labels: LabelSet,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, bytes]:
+    """The files of a folder in Hugging Face's layout by name, the weights last; the same network gives the same bytes.
+
+    The layout has no place for what another has: see `in_huggingface_terms`.
+    """
+    config = model.config
     names = {ours: HUGGING_FACE_4.source(ours).key for ours in model.state_dict()}
     tensors = {
-        names[ours]: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        names[ours]: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
         for ours, tensor in model.state_dict().items()
     }
     settings = {
@@ -113,12 +130,20 @@ def save_huggingface(model: Segformer, labels: LabelSet, folder: str, dtype: tor
         "label2id": {name: index for index, name in enumerate(labels.names)},
         "palette": labels.palette,
     }
-    filesystem.makedirs(folder, exist_ok=True)
-    filesystem.pipe_file(f"{folder}/config.json", json.dumps(settings, indent=2).encode())
-    preprocessing = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "do_normalize": True, "do_rescale": True}
+    preprocessing = {"image_mean": mean, "image_std": std, "do_normalize": True, "do_rescale": True}
     preprocessing |= {"image_processor_type": "SegformerImageProcessor", "do_resize": True, "do_reduce_labels": False}
-    filesystem.pipe_file(f"{folder}/preprocessor_config.json", json.dumps(preprocessing, indent=2).encode())
-    filesystem.pipe_file(f"{folder}/model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    return {
+        "config.json": json.dumps(settings, indent=2).encode(),
+        "preprocessor_config.json": json.dumps(preprocessing, indent=2).encode(),
+        "model.safetensors": safetensors.torch.save(tensors, metadata={"format": "pt"}),
+    }
+
+
+def in_huggingface_terms(config: SegformerConfig) -> SegformerConfig:
+    """The same network as far as Hugging Face's layout can say it: with that layout's epsilons, which no file of it
+    says, and without the ReLU that OpenMMLab has behind its projections.
+    """
+    return replace(config, **traits(HUGGING_FACE_4))
 
 
 def model_version(digest: str, mask_settings: Mapping[str, Any]) -> str:

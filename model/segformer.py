@@ -263,8 +263,8 @@ def to_tokens(feature_map: Tensor) -> Tensor:
 
 
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (N, L, C) to a contiguous map (N, C, H, W)."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width)).contiguous()
+    """Tokens (N, L, C) to a map (N, C, H, W) with channels last in memory, where both are the same numbers in place."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
 def resize(feature_map: Tensor, height: int, width: int) -> Tensor:

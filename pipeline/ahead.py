@@ -12,12 +12,20 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """What `work` gives for each item, in order; `AHEAD` of them are worked on while the one before is used."""
+def ahead(
+    work: Callable[[T], R],
+    items: Iterable[T],
+    count: int = AHEAD,
+    threads: int = AHEAD,
+    begin: Callable[[], None] | None = None,
+) -> Iterator[R]:
+    """What `work` gives for each item, in order; `count` of them are worked on, by so many threads, or wait while the
+    one before is used. Each thread does `begin` first.
+    """
     coming, waiting = iter(items), deque[Future[R]]()
-    with ThreadPoolExecutor(AHEAD) as pool:
+    with ThreadPoolExecutor(threads, initializer=begin) as pool:
         try:
-            waiting.extend(pool.submit(work, item) for item in islice(coming, AHEAD))
+            waiting.extend(pool.submit(work, item) for item in islice(coming, count))
             while waiting:
                 result = waiting.popleft().result()
                 waiting.extend(pool.submit(work, item) for item in islice(coming, 1))

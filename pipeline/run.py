@@ -40,7 +40,7 @@ from pipeline.cluster import (
     spread,
 )
 from pipeline.commit import Contents, Run, unfinished
-from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
+from pipeline.config import ConfigurationError, FinetuneSettings, PlanSettings, SegmentSettings
 from pipeline.decoders import start_decoders
 from pipeline.endpoint import linger
 from pipeline.filesystems import is_plain, open_filesystem, public_url, storage_options
@@ -209,7 +209,7 @@ def check_engine(settings: SegmentSettings, checkpoint: Checkpoint) -> None:
             raise ConfigurationError(str(error)) from None
 
 
-def read_checkpoint(settings: PlanSettings) -> Checkpoint:
+def read_checkpoint(settings: PlanSettings | FinetuneSettings) -> Checkpoint:
     """The network. What comes over plain HTTP may come damaged: it is read until two readings agree, or fail, alike."""
 
     def read() -> Checkpoint | CheckpointError:
