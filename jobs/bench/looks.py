@@ -17,7 +17,7 @@ import numpy as np
 from jobs.bench.decode import mean_iou
 from jobs.bench.model import processor
 from jobs.demo import SHAPES, WEIGHTS
-from jobs.scenes.draw import CLASSES, draw_scene
+from jobs.scenes.street import CLASSES, draw_scene
 from model.checkpoint import load_checkpoint
 from model.predictor import Predictor, use_threads
 from pipeline.decode import resize

@@ -28,9 +28,8 @@ import numpy as np
 from PIL import Image
 
 from jobs.display import Display
-from jobs.scenes import harbour
+from jobs.scenes import harbour, street
 from jobs.scenes.canvas import Scene
-from jobs.scenes.street import CLASSES, PALETTE, draw_scene
 from model.labels import Colour, label_set
 from pipeline.config import ConfigurationError
 from pipeline.masks import encode_mask
@@ -52,7 +51,7 @@ class Kind:
 
 
 KINDS = {
-    "street": Kind(CLASSES, PALETTE, draw_scene),
+    "street": Kind(street.CLASSES, street.PALETTE, street.draw_scene),
     "harbour": Kind(harbour.CLASSES, harbour.PALETTE, harbour.draw_scene),
 }
 

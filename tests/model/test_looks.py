@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.demo import WEIGHTS
-from jobs.scenes.draw import draw_scene
+from jobs.scenes.street import draw_scene
 from model.checkpoint import load_checkpoint
 from model.looks import averaged
 from model.predictor import Predictor
