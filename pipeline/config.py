@@ -654,7 +654,13 @@ class FinetuneSettings(TruthSettings, ClusterSettings):
     )
     batch: int = option(8, "crops in a step, of all workers together", "Training", "N")
     crop: int = option(256, "height and width of a crop, in pixels", "Training", "PIXELS")
-    learning_rate: float = option(6e-5, "of the encoder, after the warm-up", "Training", "RATE")
+    learning_rate: float | None = option(
+        None,
+        "of the encoder, after the warm-up (default: 0.001 for up to 2,000 steps, then 2 by their number, down to the "
+        "paper's 0.00006)",
+        "Training",
+        "RATE",
+    )
     decoder_factor: float = option(10, "the decoder's learning rate over the encoder's", "Training", "N")
     warm_up: int | None = option(
         None,
@@ -752,8 +758,8 @@ class FinetuneSettings(TruthSettings, ClusterSettings):
 
     @field_validator("learning_rate", "decoder_factor")
     @classmethod
-    def _rate(cls, value: float) -> float:
-        if not 0 < value < math.inf:
+    def _rate(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError("must be more than 0")
         return value
 

@@ -54,18 +54,20 @@ from pipeline.course import (
 from pipeline.examples import EXAMPLES as EXAMPLE
 from pipeline.examples import IN_ORDER, Checked, LeftOut, Listed, check_pairs, held_out, list_pairs, rows, share
 from pipeline.filesystems import public_url
-from pipeline.learner import DivergedError, Place, Report, learn
+from pipeline.learner import DivergedError, Place, learn
 from pipeline.lease import Lease
 from pipeline.run import read_checkpoint
 from pipeline.stopping import Request, StoppedError, until_asked_to_end
 from pipeline.storage import Store
 from pipeline.tables import Workspace, workspace
 from pipeline.truth import Rules, truth_rules
+from pipeline.wire import Wire
 
 FRESH = "new:"
 LEASE = "training/lease"
 LOOKED_EVERY = 0.5  # seconds
 FAILURES = 3  # times that workers are started again
+FASTEST, SLOWEST, STEPS_BY = 1e-3, 6e-5, 2.0  # learning rates: a short training is to get somewhere, too
 EPOCHS, LEAST_STEPS = 20, 300  # by default
 LONGEST_WARM_UP, WARM_UP = 1500, 20  # steps as in the paper, and the share of all steps where those are few
 MOST_BETWEEN, VALIDATIONS = 2000, 10  # steps from one validation to the next, and how many there are
@@ -231,7 +233,7 @@ def new_course(
     recipe = Recipe(
         steps=steps,
         batch=settings.batch,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.learning_rate or min(FASTEST, max(SLOWEST, STEPS_BY / steps)),
         decoder_factor=settings.decoder_factor,
         warm_up=min(LONGEST_WARM_UP, steps // WARM_UP) if settings.warm_up is None else settings.warm_up,
         weight_decay=settings.weight_decay,
@@ -297,40 +299,18 @@ def tell_classes(
         listener.say("learned without the ReLU behind OpenMMLab's projections, which Hugging Face's layout cannot say")
 
 
-class Hub:
-    """Where the first worker says how far it is, and hears whether to stop."""
-
-    def __init__(self) -> None:
-        self.latest: Report | None = None
-        self.is_stopping = False
-        self.failure = ""
-
-    def report(self, report: Report) -> bool:
-        self.latest = report
-        return self.is_stopping
-
-    def look(self) -> tuple[Report | None, str]:
-        return self.latest, self.failure
-
-    def stop(self) -> None:
-        self.is_stopping = True
-
-    def fail(self, why: str) -> None:
-        self.failure = self.failure or why
-
-
 def work(config: dict[str, Any]) -> None:
     """What Ray Train has each worker do."""
-    hub, (settings, course, checkpoint) = config["hub"], ray.get(config["job"])
-    if ray.get(hub.look.remote())[1]:  # what cannot succeed is not tried again
+    wire, (settings, course, checkpoint) = config["wire"], ray.get(config["job"])
+    if ray.get(wire.look.remote())[1]:  # what cannot succeed is not tried again
         return
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     place = Place(context.get_world_rank(), context.get_world_size(), str(device), config["threads"])
     try:
-        learn(settings, course, checkpoint, place, lambda report: ray.get(hub.report.remote(report)))
+        learn(settings, course, checkpoint, place, lambda report: ray.get(wire.report.remote(report)))
     except (DivergedError, ConfigurationError, torch.OutOfMemoryError) as error:
-        ray.get(hub.fail.remote(complaint(error)))
+        ray.get(wire.fail.remote(complaint(error)))
         raise
 
 
@@ -350,12 +330,12 @@ def teach(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait in loops take the CPU from those that load
     network = with_classes(checkpoint, course.labels, course.recipe.seed)
     with ray_session(settings), until_asked_to_end() as request, tempfile.TemporaryDirectory() as scratch:
-        hub: Any = ray.remote(num_cpus=0)(Hub).remote()
+        wire: Any = ray.remote(num_cpus=0)(Wire).remote()
         scaling, threads = size(settings)
         job = ray.put((settings, course, network))
         trainer = ray.train.torch.TorchTrainer(
             work,
-            train_loop_config={"hub": hub, "job": job, "threads": threads},
+            train_loop_config={"wire": wire, "job": job, "threads": threads},
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
                 name="swath", storage_path=scratch, failure_config=ray.train.FailureConfig(max_failures=FAILURES)
@@ -367,8 +347,8 @@ def teach(
             f"learning {course.recipe.steps:,} steps of {course.recipe.batch} crops from {course.examples:,} images, "
             f"{goes_on}; {course.validation:,} for validation"
         )
-        error = follow(trainer, hub, course, request, lease, settings.grace, listener)
-        _, failure = ray.get(hub.look.remote())
+        error = follow(trainer, wire, course, request, lease, settings.grace, listener)
+        _, failure = ray.get(wire.look.remote())
     lease.check()
     if out_result(out):
         return
@@ -385,7 +365,7 @@ def teach(
 
 
 def follow(
-    trainer: Any, hub: Any, course: Course, request: Request, lease: Lease, grace: float, listener: Listener
+    trainer: Any, wire: Any, course: Course, request: Request, lease: Lease, grace: float, listener: Listener
 ) -> str:
     """Wait for the end, tell how far it is, and pass on that an end was asked for; what went wrong, if anything."""
     errors: list[str] = []
@@ -401,13 +381,13 @@ def follow(
     asked = 0.0
     while thread.is_alive():
         thread.join(LOOKED_EVERY)
-        report, _ = ray.get(hub.look.remote())
+        report, _ = ray.get(wire.look.remote())
         if report:
             listener.learning(report.step, course.recipe.steps, course.recipe.batch, report.loss, report.best)
         if request.number and not asked:
             asked = time.monotonic()
             listener.say(f"stopping: the step under way has {grace:g} s to end; once more to stop at once")
-            ray.get(hub.stop.remote())
+            ray.get(wire.stop.remote())
         if lease.lost or (asked and time.monotonic() - asked > grace):
             break
     return errors[0] if errors else ""

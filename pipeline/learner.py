@@ -42,6 +42,7 @@ from pipeline.decode import resize
 from pipeline.policy import parse_policy
 from pipeline.storage import Store
 from pipeline.truth import truth_rules
+from pipeline.wire import Report
 
 LOGGED_EVERY = 10  # steps
 SAVED_EVERY, SAVING_SHARE = 60, 20  # seconds from one state to the next, or so many times as long as to put it takes
@@ -50,16 +51,6 @@ CACHE_SHARE, CACHE_MOST = 8, 4 << 30  # of the machine's memory for decoded imag
 
 class DivergedError(Exception):
     """The loss is no number any more."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """How far a training is."""
-
-    step: int
-    loss: float
-    best: float | None  # mean IoU
-    note: str = ""  # something to say
 
 
 @dataclass(frozen=True)
