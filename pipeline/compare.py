@@ -18,7 +18,7 @@ from pipeline.config import ClusterSettings
 from pipeline.containers import ContainerError
 from pipeline.masks import decode_mask
 from pipeline.pairs import Masks
-from pipeline.reader import ChangedError
+from pipeline.reader import ChangedError, NoStoreError
 from pipeline.schema import field
 from pipeline.selection import Chosen, Place, read
 from pipeline.storage import Store
@@ -129,8 +129,8 @@ class Comparison:
             error = "the mask of ground truth is not there"
         except ChangedError:
             error = "the mask of ground truth has changed since it was listed"
-        except ContainerError as damage:
-            error = str(damage)
+        except (ContainerError, NoStoreError) as why:
+            error = str(why)
         return chosen, truth, TruthError("unreadable", error)
 
     def score(self, scores: Scores, chosen: Chosen, data: bytes | TruthError) -> ImageScores:
