@@ -18,9 +18,9 @@ from pipeline.config import ClusterSettings
 from pipeline.containers import ContainerError
 from pipeline.masks import decode_mask
 from pipeline.pairs import Masks
-from pipeline.reader import ChangedError
+from pipeline.reader import ChangedError, NoStoreError
 from pipeline.schema import field
-from pipeline.selection import Chosen, Place, read
+from pipeline.selection import ROWS, Chosen, Place, read
 from pipeline.storage import Store
 from pipeline.truth import Rules, TruthError, read_truth
 
@@ -109,7 +109,7 @@ class Comparison:
 
     def __call__(self, pairs: list[Pair]) -> Compared:
         """What becomes of pairs that are in order and of one shard. Raises what the store raises."""
-        scores, rows = Scores.empty(len(self.names)), []
+        scores, rows, tables = Scores.empty(len(self.names)), list[dict[str, Any]](), [IMAGES.empty_table()]
         chosen = read(self.store, [pair.place for pair in pairs], ["uri", "etag", "run_id", "mask"])
         for one, truth, data in ahead(self.fetch, zip(chosen, (pair.truth for pair in pairs), strict=True)):
             row = {name: one.values[name] for name in ("uri", "etag", "run_id")}
@@ -118,7 +118,10 @@ class Comparison:
                 rows.append(row | self.described(self.score(scores, one, data)))
             except TruthError as error:
                 rows.append(row | {"status": error.status, "error": str(error)})
-        return Compared(scores, pa.Table.from_pylist(rows, IMAGES))
+            if len(rows) == ROWS:  # which take many times as much memory here as there
+                tables.append(pa.Table.from_pylist(rows, IMAGES))
+                rows.clear()
+        return Compared(scores, pa.concat_tables([*tables, pa.Table.from_pylist(rows, IMAGES)]))
 
     def fetch(self, pair: tuple[Chosen, dict[str, Any]]) -> tuple[Chosen, dict[str, Any], bytes | TruthError]:
         """A row, its mask of ground truth, and the bytes of that or why there are none."""
@@ -129,8 +132,8 @@ class Comparison:
             error = "the mask of ground truth is not there"
         except ChangedError:
             error = "the mask of ground truth has changed since it was listed"
-        except ContainerError as damage:
-            error = str(damage)
+        except (ContainerError, NoStoreError) as why:
+            error = str(why)
         return chosen, truth, TruthError("unreadable", error)
 
     def score(self, scores: Scores, chosen: Chosen, data: bytes | TruthError) -> ImageScores:

@@ -25,7 +25,7 @@ from pipeline.storage import Store
 from pipeline.views import EVALUATIONS_FOLDER
 
 VERSION = 1
-PART_ROWS = 50_000  # in one file
+PART_ROWS = 10_000  # in one file, in memory until then; one of many classes has 10 kB
 DIGEST = 8  # characters of what is compared, in a name
 PIXELS = [
     field("evaluation", pa.string(), "name of the evaluation", nullable=False),

@@ -101,6 +101,8 @@ def pair(
         raise ConfigurationError(f"{public_url(truth)}: cannot be read: {reason(error)}") from None
     if is_table:
         list_manifest(tables, truth, settings, storage)
+        if not tables.table("masks").limit(1).fetchall():
+            raise ConfigurationError(f"{public_url(truth)}: names no masks")
         match_by_table(tables)
         return Counter()
     columns = [settings.truth_mask_column] if settings.truth_mask_column else MASK_COLUMNS

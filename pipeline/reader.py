@@ -37,6 +37,10 @@ class ChangedError(Exception):
     """The object is not the one of the etag and size that were asked for."""
 
 
+class NoStoreError(OSError):
+    """A URI of a kind that nothing here reads."""
+
+
 class Reader:
     """Whatever a URI names. Many threads may use one."""
 
@@ -114,7 +118,7 @@ class Reader:
                 try:
                     filesystem, _ = open_filesystem(uri, self.settings)
                 except (ValueError, ImportError, TypeError) as error:
-                    raise OSError(f"{protocol}://: {error}") from None
+                    raise NoStoreError(f"{protocol}://: {error}") from None
                 self.stores[place] = filesystem, fetcher(filesystem, self.settings.storage_option)
             return self.stores[place]
 

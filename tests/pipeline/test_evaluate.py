@@ -310,6 +310,22 @@ WAYS: dict[str, tuple[Callable[[np.ndarray], Image.Image], dict[str, Any]]] = {
 }
 
 
+def test_a_table_may_name_what_is_not_there(made, tmp_path):
+    folder, truths = made
+    (known, other, third, *_), rows = sorted(uri for uri in truths if "#" not in uri), ["image,mask"]
+    rows += [f"{known},{folder}/truth/part 0/image-00.png", f"{other},none.png", f"{third},nowhere://x/y.png"]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    found = run(folder / "out", tmp_path / "pairs.csv")
+    assert_equal(found.record, pairs_of(folder, {known: truths[known]}))
+    assert found.record["first_left_out"]["unreadable"] == [
+        f"file://{tmp_path}/none.png: the mask of ground truth is not there",
+        "nowhere://x/y.png: nowhere://: Protocol not known: nowhere",
+    ]
+    (tmp_path / "empty.csv").write_text("image,mask\n")
+    with pytest.raises(ConfigurationError, match=r"empty.csv: names no masks"):
+        run(folder / "out", tmp_path / "empty.csv")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_masks_are_read_as_they_are_meant(made, tmp_path, way):
     folder, truths = made
