@@ -19,7 +19,7 @@ monitor: .venv/installed  ## Watch a demo in a real Prometheus (installed with a
 	  $(BIN)/swath demo .demo --images 200 --metrics-port 9096 --metrics-linger 5
 
 test: .venv/developing  ## Run every test, on a real Ray and a real S3 server (installed with apt where it is missing)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 check: .venv/developing  ## Lint, check the format, the types and the dependencies
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Real parts for the tests: a real S3 server, networks that transformers made, collections of images."""
 
 import os
+import secrets
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run in Python, on the CPU
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # for each Ray that is started here
 
 import fsspec
 import numpy as np
@@ -22,15 +24,30 @@ from model.labels import label_set
 from model.segformer import Segformer, variant
 from pipeline.config import SegmentSettings
 from pipeline.run import segment
+from tests.ray_here import ray_here
 
+LONG = {
+    "chaos",
+    "test_run",
+    "test_cli",
+    "test_submit",
+    "test_monitoring",
+    "test_nightly",
+    "test_report",
+    "test_decoders",
+}
 NAMES = ["sky", "land", "water", "it's <b>odd</b>", "life"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what is dear to make run in one process: those of a file, and all of chaos."""
+    """Tests that share what is dear to make run in one process: those of a file, and all of chaos.
+
+    The files that take longest begin first, so that no process is left with one of them at the end.
+    """
     for item in items:
         folder, name = item.path.parent.name, str(item.path)
         item.add_marker(pytest.mark.xdist_group(folder if folder == "chaos" else name))
+    items.sort(key=lambda item: not any(part in LONG for part in (item.path.stem, item.path.parent.name)))
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +65,21 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def a_ray_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test ever runs on the cluster of whoever runs it."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[str]:
+    """The address of a Ray for runs that need none of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with ray_here() as address:
+            yield address
+
+
+@pytest.fixture
+def on_shared_ray(shared_ray: str, a_ray_of_our_own: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the test's runs there. It knows nothing of a store that was started after it."""
+    monkeypatch.setenv("RAY_ADDRESS", shared_ray)
 
 
 def installed(programs: Mapping[str, str]) -> None:
@@ -138,7 +170,7 @@ class Finished:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: str) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: str, shared_ray: str) -> Finished:
     """Eleven masks, three images that cannot be read, and one that is missing."""
     folder = tmp_path_factory.mktemp("finished")
     collection = folder / "collection"
@@ -154,9 +186,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: str) -> Finis
                 missing.rename(missing.with_suffix(".kept"))
 
     settings = {"input": str(collection), "output": str(folder / "out"), "checkpoint": checkpoint, "run_id": "first"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        segment(SegmentSettings(**settings, policy="short=64", shard_images=4), Thief())
+    settings |= {"ray_address": shared_ray}
+    segment(SegmentSettings(**settings, policy="short=64", shard_images=4), Thief())
     return Finished(folder / "out", collection, checkpoint, missing)
 
 

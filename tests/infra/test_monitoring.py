@@ -100,7 +100,9 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(tools: None, tmp_path_factory: pytest.TempPathFactory, checkpoint: str) -> Iterator[Watched]:
+def watched(
+    tools: None, tmp_path_factory: pytest.TempPathFactory, checkpoint: str, shared_ray: str
+) -> Iterator[Watched]:
     """A run whose device sleeps, so that it lasts for a dozen scrapes, and whose totals stay for another few."""
     folder = tmp_path_factory.mktemp("watched")
     images, output, port = folder / "images", folder / "masks", port_of_nobody()
@@ -128,12 +130,9 @@ def watched(tools: None, tmp_path_factory: pytest.TempPathFactory, checkpoint: s
         workers="1",
         metrics_port=port,
         metrics_linger=3,
+        ray_address=shared_ray,
     )
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        prometheus(folder / "tsdb", f"127.0.0.1:{port}", port_of_nobody()) as server,
-    ):
-        patch.delenv("RAY_ADDRESS", raising=False)
+    with prometheus(folder / "tsdb", f"127.0.0.1:{port}", port_of_nobody()) as server:
         began = time.time()
         result = segment(settings, Listener(), Sleeper)
         done = time.time()

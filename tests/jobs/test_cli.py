@@ -202,6 +202,7 @@ def test_index_and_plan_work_alone_and_write_no_run(swath, collection, checkpoin
     assert sorted(path.name for path in output.iterdir()) == ["index"]
 
 
+@pytest.mark.usefixtures("on_shared_ray")
 def test_a_run_shows_progress_and_closes_with_a_table_and_a_query(swath, collection, checkpoint, tmp_path):
     spoil(collection)
     command = ["segment", collection, tmp_path / "it's out", "--checkpoint", checkpoint, "--policy", "short=64"]

@@ -1,5 +1,6 @@
 """Nights over a bucket that changes: each does what it should and no more, as the server's own requests show."""
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.views import views
 from tests.chaos.fault_proxy import FaultProxy
 from tests.conftest import NAMES, Quiet, draw_image
 from tests.pipeline.test_verify import no_spread
+from tests.ray_here import ray_here
 
 IDLE_REQUESTS = 60  # of a night with nothing to do after three others, at the most
 
@@ -36,10 +38,10 @@ def another_checkpoint(tmp_path) -> str:
 @pytest.fixture
 def night(bucket, s3, monkeypatch, capfd):
     """Run a night through a proxy that counts: its record or None, what it said, the images that it fetched."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     fs = fsspec.filesystem("s3")
-    with FaultProxy(s3.endpoint_url) as proxy:
+    with FaultProxy(s3.endpoint_url) as proxy, contextlib.ExitStack() as held:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setenv("RAY_ADDRESS", held.enter_context(ray_here()))
         type(fs).clear_instance_cache()  # whose file systems go to the server itself
 
         def run(checkpoint: str) -> tuple[dict | None, str, Counter[str]]:
@@ -147,10 +149,10 @@ class Watcher(Quiet):
         self.said += text + "\n"
 
 
-def test_a_night_after_one_that_failed_finishes_it_and_then_does_what_came_since(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+@pytest.mark.usefixtures("on_shared_ray")
+def test_a_night_after_one_that_failed_finishes_it_and_then_does_what_came_since(tmp_path, checkpoint):
     collection, output = tmp_path / "photos", tmp_path / "it's [new] *masks?"
-    for number in range(24):
+    for number in range(8):
         draw_image(collection / f"{number:03d}.jpg", 64, 48, number)
     settings = NightlySettings(
         input=str(collection), output=str(output), checkpoint=checkpoint, policy="short=32", shard_images=1, workers="1"
@@ -163,10 +165,10 @@ def test_a_night_after_one_that_failed_finishes_it_and_then_does_what_came_since
     draw_image(collection / "later.jpg", 64, 48, 99)
     first, second = nightly(settings, watcher := Watcher())
     assert "was not finished, so it goes on as planned" in watcher.said
-    assert (first.record["run_id"], first.record["images"], first.record["shards_done_before"]) == (run, 24, 20)
+    assert (first.record["run_id"], first.record["images"], first.record["shards_done_before"]) == (run, 8, 4)
     assert (second.record["images"], second.record["changes"]["new"]) == (1, 1)
     assert nightly(settings, Watcher()) == []
     with duckdb.connect() as sql:
         sql.execute(views(Store(str(output), settings)))
-        assert sql.sql("SELECT count(*), count(DISTINCT uri) FROM current").fetchall() == [(25, 25)]
+        assert sql.sql("SELECT count(*), count(DISTINCT uri) FROM current").fetchall() == [(9, 9)]
         assert sql.sql("SELECT count(*) FROM deletions").fetchall() == [(0,)]

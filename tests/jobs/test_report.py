@@ -88,7 +88,7 @@ class Opened:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def real(tmp_path_factory: pytest.TempPathFactory, shared_ray: str) -> tuple[Path, Path]:
     """The demo's scenes, two of them in a tar and a Parquet file, segmented by its network: the folder, the page."""
     folder = tmp_path_factory.mktemp("real")
     images = folder / "images"
@@ -98,14 +98,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     pq.write_table(pa.table({"image": [(images / "scene-0002.webp").read_bytes()]}), images / "some.parquet")
     for taken in ("scene-0001.png", "scene-0002.webp"):
         (images / taken).unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        segment(
-            SegmentSettings(
-                input=str(images), output=str(folder / "out"), checkpoint=str(demo.WEIGHTS), run_id="it-is-real"
-            ),
-            Quiet(),
-        )
+    given = {"input": str(images), "output": str(folder / "out"), "checkpoint": str(demo.WEIGHTS)}
+    segment(SegmentSettings(**given, run_id="it-is-real", ray_address=shared_ray), Quiet())
     assert main(["report", str(folder / "out"), "--to", str(folder / "page.html"), "--price", "3.5"]) == 0
     return folder, folder / "page.html"
 

@@ -25,7 +25,7 @@ from tests.jobs.ray_cluster import RayCluster, free_ports, ray_cluster
 
 ROOT = Path(__file__).parents[2]
 WAITED = 300  # seconds
-MANY = 120  # images, which take a while
+MANY = 80  # images, which take a while
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ import sys
 from pipeline import submission
 submission.LOST_AFTER = 3
 client = submission.connect(sys.argv[1])
-job = client.submit_job(entrypoint="echo begun; sleep 20; echo ended")
+job = client.submit_job(entrypoint="echo begun; sleep 8; echo ended")
 sys.exit(submission.follow(client, job, lambda text: print(text, end="", flush=True)))
 """
 

@@ -210,8 +210,8 @@ LISTINGS = st.fixed_dictionaries(dict.fromkeys("abc", st.sampled_from(["1", "2",
 ORIGINS = st.sampled_from([ORIGIN, ORIGIN, OTHER_MODEL, OTHER_INPUT])
 
 
-@settings(max_examples=12, deadline=None)
-@given(st.lists(st.tuples(LISTINGS, ORIGINS, st.booleans(), st.integers(0, 3)), min_size=3, max_size=9))
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.tuples(LISTINGS, ORIGINS, st.booleans(), st.integers(0, 3)), min_size=3, max_size=8))
 def test_after_any_nights_the_row_of_what_each_image_is_now_is_current(steps):
     """Images are put, overwritten, restored and deleted, models change, other collections have the same images, and
     runs are finished at once, later or never.

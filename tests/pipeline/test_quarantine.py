@@ -82,6 +82,7 @@ def test_an_image_that_kills_its_worker_each_time_is_a_row_and_a_hub_that_is_kil
     road.close()
 
 
+@pytest.mark.usefixtures("on_shared_ray")
 def test_a_worker_that_dies_whenever_it_loads_ends_the_run(collection, checkpoint, tmp_path):
     settings = SegmentSettings(input=str(collection), output=str(tmp_path / "out"), checkpoint=checkpoint)
     with pytest.raises(IncompleteRunError, match="a worker died 1 times while it loaded the checkpoint"):

@@ -44,6 +44,7 @@ def statuses(output: Path) -> list[str]:
         return sorted(status for (status,) in sql.sql("SELECT status FROM current").fetchall())
 
 
+@pytest.mark.usefixtures("on_shared_ray")
 def test_a_retry_mends_what_was_missing_and_does_nothing_else(finished, output):
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert statuses(output) == ["missing"] + 11 * ["ok"] + 3 * ["unreadable"]

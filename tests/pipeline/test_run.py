@@ -177,6 +177,7 @@ def check_row(row: dict, filesystem: fsspec.AbstractFileSystem) -> None:
     assert min(int(side) for side in row["bucket"].split("x")) == 64
 
 
+@pytest.mark.usefixtures("on_shared_ray")
 def test_a_second_run_does_nothing_twice_and_says_so(collection, checkpoint, tmp_path):
     output = tmp_path / "out"
     first = run(collection, output, checkpoint, run_id="night-1")
@@ -202,6 +203,7 @@ def test_a_second_run_does_nothing_twice_and_says_so(collection, checkpoint, tmp
         run(collection / "part 0", output, checkpoint, run_id="night-1")
 
 
+@pytest.mark.usefixtures("on_shared_ray")
 def test_other_settings_of_the_model_make_another_version(collection, checkpoint, tmp_path):
     output = tmp_path / "out"
     run(collection, output, checkpoint)
@@ -223,14 +225,16 @@ def test_other_settings_of_the_model_make_another_version(collection, checkpoint
         assert row["entropy"] == pytest.approx(expected.entropy, abs=1e-4)
 
 
+@pytest.mark.usefixtures("on_shared_ray")
 def test_a_run_that_was_killed_goes_on_where_it_was(collection, checkpoint, tmp_path):
     output = tmp_path / "out"
     for number in range(60):
         draw_image(collection / f"more/{number:02d}.png", 640, 480, seed=number)
     command = [sys.executable, "-m", "jobs", "segment", str(collection), str(output), "--checkpoint", checkpoint]
     command += ["--policy", "short=256", "--shard-images", "4"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # its Ray goes with it
     with open(tmp_path / "log", "w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
         deadline = time.monotonic() + 240
         while not list(output.glob("segments/*/shard-*.parquet")) and time.monotonic() < deadline:
             assert process.poll() is None, (tmp_path / "log").read_text()
@@ -349,6 +353,7 @@ def descendants(ancestor: int) -> list[tuple[int, str]]:
     return [(pid, commands[pid]) for pid in sorted(found)]
 
 
+@pytest.mark.usefixtures("on_shared_ray")
 def test_an_image_that_changes_goes_or_is_too_large_has_a_row_that_says_so(collection, checkpoint, tmp_path):
     class Vandal(Watcher):
         """Changes the collection between its index and its run."""
@@ -369,6 +374,7 @@ def test_an_image_that_changes_goes_or_is_too_large_has_a_row_that_says_so(colle
     assert result.record["statuses"] == {"ok": 7, "missing": 1, "changed": 2, "too_large": 2}
 
 
+@pytest.mark.usefixtures("on_shared_ray")
 def test_the_files_say_what_is_in_them(collection, checkpoint, tmp_path):
     run(collection, tmp_path / "out", checkpoint, run_id="r")
     file = pq.ParquetFile(next((tmp_path / "out").glob("segments/run=r/*.parquet")))
@@ -381,6 +387,7 @@ def test_the_files_say_what_is_in_them(collection, checkpoint, tmp_path):
     assert file.metadata.row_group(0).column(columns["confidence"]).is_stats_set
 
 
+@pytest.mark.usefixtures("on_shared_ray")
 @pytest.mark.parametrize("taken", [True, False])
 def test_the_metrics_port_can_be_chosen_and_a_taken_one_stops_the_run(collection, checkpoint, tmp_path, taken):
     with socket.socket() as listener:
@@ -396,6 +403,7 @@ def test_the_metrics_port_can_be_chosen_and_a_taken_one_stops_the_run(collection
     assert any(f"http://127.0.0.1:{port}/metrics" in line for line in watcher.lines)
 
 
+@pytest.mark.usefixtures("on_shared_ray")
 def test_a_store_that_fails_leaves_a_run_that_can_go_on(collection, checkpoint, tmp_path):
     class Blocker(Watcher):
         """Puts a file where the run's shards would go."""
