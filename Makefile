@@ -37,8 +37,12 @@ chaos: .venv/developing  ## Kill, starve and corrupt real runs, in the full numb
 s3: .venv/installed  ## Run a real S3 server on loopback until Ctrl-C
 	$(BIN)/python infra/local/s3_server.py
 
-weights: .venv/installed  ## Train the demo's network again (about an hour on two cores)
-	$(BIN)/python -m jobs.scenes.train jobs/scenes/weights
+weights: .venv/installed  ## Train the demo's network again, by swath finetune (about half an hour on two cores)
+	$(BIN)/python -m jobs.scenes.draw .weights/scenes --scenes 3000 --short 360:620
+	$(BIN)/swath finetune .weights/scenes/images .weights/scenes/masks .weights/small --config jobs/scenes/small.yaml
+	$(BIN)/swath finetune .weights/scenes/images .weights/scenes/masks .weights/large --config jobs/scenes/large.yaml \
+	  --checkpoint .weights/small
+	$(BIN)/python -m jobs.scenes.ship .weights/large jobs/scenes/weights
 
 bench: .venv/benching  ## Time the road beside Ray Data, Daft and a DataLoader with transformers (about 12 minutes)
 	$(BIN)/python -m jobs.bench.road $(BENCH)
@@ -47,7 +51,7 @@ bench-model: .venv/benching  ## Time the network beside transformers, ONNX Runti
 	$(BIN)/python -m jobs.bench.model $(BENCH)
 
 clean:  ## Remove what these targets made
-	rm -rf .venv .demo .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info model/native/*.so
+	rm -rf .venv .demo .weights .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info model/native/*.so
 
 .venv/created:
 	$(PYTHON) -m venv .venv

@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from jobs import (
     demo,
+    evaluate,
     export,
     finetune,
     index,
@@ -40,6 +41,7 @@ JOBS = {
     "views": views,
     "report": report,
     "export": export,
+    "evaluate": evaluate,
     "finetune": finetune,
     "submit": submit,
     "demo": demo,

@@ -1,25 +1,33 @@
 """Draw a small collection of street scenes, segment it here, and show what came out.
 
 Needs no cluster, no bucket and no download: the scenes are drawn, their ground truth is therefore known, and the
-network is one that this project ships, trained on other scenes (jobs/scenes/train.py). A few files are broken on
+network is one that this project ships, trained on other scenes (make weights). A few files are broken on
 purpose. FOLDER is made anew each time.
 
   swath demo
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 
-from jobs import query, report
+from jobs import evaluate, query, report
 from jobs.display import EXAMPLE, Display, print_record
-from jobs.scenes.draw import CLASSES, PALETTE, TRAINING_SEEDS, draw_scene
+from jobs.scenes.draw import TRAINING_SEEDS, fresh_folder
+from jobs.scenes.street import CLASSES, PALETTE, draw_scene
 from model.labels import label_set
-from pipeline.config import ConfigurationError, MetricsSettings, QuerySettings, ReportSettings, SegmentSettings, option
-from pipeline.masks import decode_mask, overlay
+from pipeline.config import (
+    ConfigurationError,
+    EvaluateSettings,
+    MetricsSettings,
+    QuerySettings,
+    ReportSettings,
+    SegmentSettings,
+    option,
+)
+from pipeline.masks import decode_mask, encode_mask, overlay
 
 WEIGHTS = Path(__file__).parent / "scenes" / "weights"
 SHAPES = (
@@ -33,6 +41,7 @@ SHAPES = (
     (375, 500),
 )  # width, height
 SUFFIXES = ("jpg", "png", "webp")
+LABELS = label_set(list(CLASSES), list(PALETTE))
 MARKER = ".swath-demo"  # in a folder that the demo made, and may therefore remove
 
 
@@ -53,8 +62,8 @@ def run(settings: DemoSettings) -> int:
 
     if not 1 <= settings.images <= TRAINING_SEEDS:
         raise ConfigurationError(f"images: must be from 1 to {TRAINING_SEEDS:,} (got {settings.images})")
-    folder = fresh_folder(Path(settings.folder))
-    scenes = draw_collection(folder / "images", settings.images)
+    folder = fresh_folder(Path(settings.folder), MARKER)
+    draw_collection(folder / "images", folder / "truth", settings.images)
     job = SegmentSettings(
         input=(str(folder / "images"),),
         output=str(folder / "masks"),
@@ -64,73 +73,48 @@ def run(settings: DemoSettings) -> int:
         metrics_linger=settings.metrics_linger,
     )
     with Display() as display:
-        display.say(f"{len(scenes)} scenes and 5 files that are none in {folder / 'images'}")
+        display.say(f"{settings.images} scenes and 5 files that are none in {folder / 'images'}")
         result = segment(job, display)
     assert result.record
     record = result.record
     print_record(record, job.output)
     print()
     query.run(QuerySettings(output=job.output, sql=EXAMPLE))
-    rows = pyarrow.dataset.dataset(f"{job.output}/segments").to_table().to_pylist()
-    print_accuracy(rows, scenes)
+    print("\nagainst the ground truth of these scenes, none of which the network was taught:\n", flush=True)
+    evaluate.run(EvaluateSettings(output=job.output, truth=str(folder / "truth")))
     picture = folder / "overview.png"
-    draw_overview(rows, picture)
+    draw_overview(pyarrow.dataset.dataset(f"{job.output}/segments").to_table().to_pylist(), picture)
+    print()
     print(f"masks take {record['output_bytes'] / record['pixels']:.4f} bytes a pixel")
     print(f"picture  {picture}")
     return report.run(ReportSettings(output=job.output, to=str(folder / "report.html")))
 
 
-def fresh_folder(folder: Path) -> Path:
-    """`folder`, empty but for the marker. Raises `ConfigurationError` for a folder that is somebody else's."""
-    if folder.exists() and not (folder / MARKER).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(f"{folder} exists and is not a demo's; give another FOLDER")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / MARKER).touch()
-    return folder
-
-
-def draw_collection(folder: Path, images: int) -> dict[str, tuple[int, int, int]]:
-    """Draw `images` scenes, and five files that are none; (seed, width, height) of each scene by its file's name."""
+def draw_collection(folder: Path, truth: Path, images: int) -> None:
+    """Draw `images` scenes and their ground truth, and among the scenes five files that are none."""
     folder.mkdir()
-    scenes = {}
+    truth.mkdir()
     for seed in range(images):
         (width, height), suffix = SHAPES[seed % len(SHAPES)], SUFFIXES[seed % len(SUFFIXES)]
-        name = f"scene-{seed:04d}.{suffix}"
-        Image.fromarray(draw_scene(seed, width, height).image).save(folder / name, quality=92)
-        scenes[name] = (seed, width, height)
+        scene, name = draw_scene(seed, width, height), f"scene-{seed:04d}"
+        Image.fromarray(scene.image).save(folder / f"{name}.{suffix}", quality=92)
+        (truth / f"{name}.png").write_bytes(encode_mask(scene.mask, LABELS))
     whole = (folder / "scene-0000.jpg").read_bytes()
     (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 3])
     (folder / "empty.jpg").touch()
     (folder / "text.jpg").write_text("This is no picture.\n")
     (folder / "notes.txt").write_text("Neither is this, and its name says so.\n")
     (folder / "folder.png").mkdir()
-    return scenes
-
-
-def print_accuracy(rows: list[dict], scenes: dict[str, tuple[int, int, int]]) -> None:
-    """Compare every mask with the scene that it was made from; no scene was in the training set."""
-    confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)  # truth, prediction
-    for row in rows:
-        if row["status"] == "ok":
-            truth = draw_scene(*scenes[row["uri"].rpartition("/")[2]]).mask
-            pairs = truth.astype(np.int64) * len(CLASSES) + decode_mask(row["mask"])
-            confusion += np.bincount(pairs.ravel(), minlength=confusion.size).reshape(confusion.shape)
-    hits = np.diag(confusion)
-    iou = hits / (confusion.sum(axis=0) + confusion.sum(axis=1) - hits)
-    classes = "  ".join(f"{name} {value:.2f}" for name, value in zip(CLASSES, iou, strict=True))
-    print(f"\nagainst the ground truth of these held-out scenes, over {confusion.sum():,} pixels:")
-    print(f"pixel accuracy {hits.sum() / confusion.sum():.4f}  mean IoU {np.nanmean(iou):.4f}  ({classes})")
 
 
 def draw_overview(rows: list[dict], path: Path, cells: int = 8, width: int = 320) -> None:
     """A sheet of images beside their masks, with a legend."""
-    labels, margin = label_set(list(CLASSES), list(PALETTE)), 8
+    margin = 8
     good = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["uri"])[:cells]
     tiles = []
     for row in good:
         image = np.array(Image.open(row["uri"].removeprefix("file://")).convert("RGB"))
-        overlaid = overlay(image, decode_mask(row["mask"]), labels, opacity=0.8)
+        overlaid = overlay(image, decode_mask(row["mask"]), LABELS, opacity=0.8)
         tile = Image.fromarray(np.concatenate([image, overlaid], axis=1))
         tile.thumbnail((2 * width, width))
         tiles.append(tile)
@@ -143,7 +127,7 @@ def draw_overview(rows: list[dict], path: Path, cells: int = 8, width: int = 320
             left = margin + column * (2 * width + margin) + (2 * width - tile.width) // 2
             sheet.paste(tile, (left, margin + sum(heights[:number])))
     draw, font, x = ImageDraw.Draw(sheet), ImageFont.load_default(16), margin
-    for name, colour in zip(labels.names, labels.palette, strict=True):
+    for name, colour in zip(LABELS.names, LABELS.palette, strict=True):
         y = sheet.height - legend + 8
         draw.rectangle((x, y, x + 20, y + 20), fill=colour)
         draw.text((x + 26, y), name, fill="black", font=font)

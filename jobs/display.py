@@ -73,6 +73,10 @@ class Display:
     def exporting(self, done: int, total: int) -> None:
         self.show("exporting", done, total, "")
 
+    def evaluating(self, done: int, total: int) -> None:
+        if total:
+            self.show("evaluating", done, total, "")
+
     def drawing(self, done: int, total: int) -> None:
         self.show("drawing the gallery", done, total, "")
 
@@ -157,6 +161,13 @@ def print_statuses(console: Console, statuses: Mapping[str, int], reasons: Mappi
         console.print(f"{images:>8,}  {escape(reason)}")
     if rest := found[REASONS_SHOWN:]:
         console.print(f"{sum(images for _, images in rest):>8,}  for {len(rest)} other reasons")
+
+
+def print_whole(table: Table) -> None:
+    """Print a table as wide as it is, which a terminal folds where it must."""
+    console = Console(highlight=False)
+    widest = console.measure(table, options=console.options.update(max_width=1_000_000)).maximum
+    Console(highlight=False, width=max(1, widest)).print(table)
 
 
 def segment_files(output: str) -> str:

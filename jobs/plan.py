@@ -28,7 +28,7 @@ def run(settings: PlanSettings) -> int:
     output.check_writable()
     with Display() as display, workspace() as space:
         plan = index_and_plan(settings, output, origin_of(settings, version), space, display)
-    buckets = summarise(plan.shards, settings.batch_pixels or CPU_BATCH_PIXELS)
+    buckets = summarise(plan.shards, settings.batch_pixels or CPU_BATCH_PIXELS, settings.looks)
     table = Table(
         "bucket", "images", "shards", "batch", "fill", "masks (est.)", box=None, header_style="bold", pad_edge=False
     )

@@ -8,6 +8,7 @@ Views:
   runs         finished runs: when, how long, how many images, bytes and pixels
   deletions    images that are no longer there
   returns      images whose current row is an older one again: a version that was put back, a model that is used again
+  evaluations  of each evaluation a row an image: status, truth, mean_iou, accuracy, classes, ...
 
 Without SQL it lists the views with all their columns. A mask is read only where a query names that column. With --file
 every question of a file is put, infra/queries.sql in this project's folder for a start; its comments become titles.
@@ -30,7 +31,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from jobs.display import size
+from jobs.display import print_whole, size
 from pipeline.config import ConfigurationError, QuerySettings
 
 if TYPE_CHECKING:
@@ -124,13 +125,6 @@ def print_answer(tables: "duckdb.DuckDBPyConnection", question: "Question") -> N
     told.print(
         f"{rows:,} row{'s' * (rows != 1)}{more} in {seconds:.2f} s, {size(bytes_read(tables))} read\n", style="dim"
     )
-
-
-def print_whole(table: Table) -> None:
-    """Print a table as wide as it is, which a terminal folds where it must."""
-    console = Console(highlight=False)
-    widest = console.measure(table, options=console.options.update(max_width=1_000_000)).maximum
-    Console(highlight=False, width=max(1, widest)).print(table)
 
 
 def is_number(kind: "pa.DataType") -> bool:

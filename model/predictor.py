@@ -18,18 +18,20 @@ from torch import Tensor
 from model import native
 from model.checkpoint import Checkpoint
 from model.fused import FusedSegformer
+from model.looks import averaged
 from model.mosaic import Mosaic, strip_bytes, strip_pixels
 from model.native.network import NativeSegformer, fits
 from model.segformer import SegformerConfig
 from model.segmentation import Segmentation
 from model.upsample import has_triton, softmax_statistics, upsampled_argmax
-from model.windows import Tiling, padded
+from model.windows import CELL, Tiling, padded
 
 ENGINES = ("auto", "native", "torch", "compiled")
 PRECISIONS = ("auto", "float32", "bfloat16")
 CPU_BATCH_PIXELS = 512 * 512  # more gains nothing there, and is memory in each lane
 GPU_BATCH_PIXELS = 64 * 512 * 512
 PORTABLE_MASK = 36  # bytes a pixel of a mask that is made without the kernels
+PIXEL = 3  # bytes, RGB
 ARRAYS_HELD = 5  # roughly, at once in a forward pass: each of the widest map of the network
 
 
@@ -85,12 +87,27 @@ class Predictor:
             self.lanes, self.lane_threads = (1, threads) if self.engine == "compiled" else (threads, 1)
             self.batch_pixels = CPU_BATCH_PIXELS
 
-    @torch.inference_mode()
     def __call__(self, images: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[Segmentation]:
         """Segment `images`, uint8 (N, H, W, 3) RGB, into masks of `sizes`: N times (height, width)."""
+        height, width = images.shape[1:3]
+        return self.at_scales([images], (height, width), sizes)
+
+    @torch.inference_mode()
+    def at_scales(
+        self,
+        views: Sequence[np.ndarray],
+        bucket: tuple[int, int],
+        sizes: Sequence[tuple[int, int]],
+        flip: bool = False,
+    ) -> list[Segmentation]:
+        """Segment N images that the network sees at one or more sizes, and with `flip` mirrored too (`model.looks`).
+
+        `views` are uint8 (N, H, W, 3) RGB, sides in multiples of 32, each of the same images; `bucket` is the (height,
+        width) at whose logits they are averaged; masks have the `sizes`, N times (height, width).
+        """
         with self.starting:  # on a GPU that is all that happens here; PyTorch's compiler works for one thread at a time
             found = []
-            for one, size in zip(self.logits(images), sizes, strict=True):
+            for one, size in zip(averaged(self.logits, views, flip, bucket), sizes, strict=True):
                 mask, pixels = upsampled_argmax(one, size)
                 sure = softmax_statistics(one)
                 found.append([mask, pixels, sure.won, sure.confidence, sure.entropy])
@@ -98,20 +115,23 @@ class Predictor:
         return [Segmentation.of(*(tensor.numpy() for tensor in tensors)) for tensors in wait()]
 
     @torch.inference_mode()
-    def through_windows(self, images: Sequence[np.ndarray], tiling: Tiling, batch: int) -> list[Segmentation]:
+    def through_windows(
+        self, images: Sequence[np.ndarray], tiling: Tiling, batch: int, flip: bool = False
+    ) -> list[Segmentation]:
         """Segment `images`, uint8 (H, W, 3) RGB, each at its own size, so many windows at a time.
 
-        Their windows must have one size: that of the tiling, or less along a side that is shorter in all images.
+        Their windows must have one size: that of the tiling, or less along a side that is shorter in all images. With
+        `flip` each is seen mirrored too, before it goes into its place.
         """
         mosaics = [Mosaic(image, tiling, self.config.labels, self.device) for image in images]
         windows = [(mosaic, place) for mosaic in mosaics for place in mosaic.windows()]
         for first in range(0, len(windows), batch):
             some = windows[first : first + batch]
             views = np.stack([mosaic.view(place) for mosaic, place in some])
+            height, width = views.shape[1:3]
             with self.starting:
-                parts = [
-                    (one[0], one[0].add(one[1], logits)) for one, logits in zip(some, self.logits(views), strict=True)
-                ]
+                logits = averaged(self.logits, [views], flip, (height, width))
+                parts = [(mosaic, mosaic.add(place, one)) for (mosaic, place), one in zip(some, logits, strict=True)]
                 finished = [(mosaic, tensors) for mosaic, tensors in parts if tensors]
                 wait = self.download([tensors for _, tensors in finished])
             for (mosaic, _), tensors in zip(finished, wait(), strict=True):
@@ -140,14 +160,21 @@ class Predictor:
         if self.engine == "compiled":
             allow_compilations()
 
-    def activations(self, pixels: int, mask_pixels: int) -> int:
-        """The most bytes that a lane holds on the host while it works on a batch of so many input and mask pixels."""
-        if self.device.type != "cpu":
-            return 0
-        masks = 0 if native.library() else PORTABLE_MASK * mask_pixels
-        return int(pixels * activation_bytes(self.config, torch.float32)) + masks
+    def activations(self, pixels: int, mask_pixels: int, looks: int = 1) -> int:
+        """The most bytes that a lane holds on the host while it works on a batch of so many input and mask pixels.
 
-    def activations_through_windows(self, sizes: Sequence[tuple[int, int]], tiling: Tiling, batch: int) -> int:
+        Of several looks the pixels are those of the largest, or of the bucket, if that is larger.
+        """
+        mirrored = PIXEL * pixels if looks > 1 else 0
+        if self.device.type != "cpu":
+            return mirrored
+        masks = 0 if native.library() else PORTABLE_MASK * mask_pixels
+        average = 4 * self.config.labels / CELL**2 if looks > 1 else 0  # what the looks before it have said
+        return int(pixels * (activation_bytes(self.config, torch.float32) + average)) + mirrored + masks
+
+    def activations_through_windows(
+        self, sizes: Sequence[tuple[int, int]], tiling: Tiling, batch: int, looks: int = 1
+    ) -> int:
         """The same for images of these (height, width) that go through windows."""
         seen = (min(padded(height), tiling.window) * min(padded(width), tiling.window) for height, width in sizes)
         pixels = batch * max(seen)
@@ -155,7 +182,7 @@ class Predictor:
         strip = (
             max(strip_bytes(*size, tiling, self.config.labels) for size in sizes) if self.device.type == "cpu" else 0
         )
-        return self.activations(pixels, masks) + 3 * pixels + 2 * masks + strip
+        return self.activations(pixels, masks, looks) + PIXEL * pixels + 2 * masks + strip
 
     def __str__(self) -> str:
         """Engine and precision: "native float32"."""

@@ -20,11 +20,11 @@ from model.predictor import use_threads
 from pipeline.attempts import ERRORS
 from pipeline.config import SegmentSettings
 from pipeline.containers import ContainerError, Images, kind_of
-from pipeline.decode import Decoded, DecodeError
+from pipeline.decode import DecodeError
 from pipeline.plan import PlannedImage
 from pipeline.policy import parse_policy
 from pipeline.reader import ChangedError, Reader
-from pipeline.road import Load, network_input
+from pipeline.road import Input, Load, input_bytes, network_input
 from pipeline.stages import Gate
 
 THREADS = 8  # of a decoder: most of them wait for the store
@@ -45,15 +45,16 @@ class Decoder:
         self.settings, self.policy = settings, parse_policy(settings.policy)
         self.source, self.gate = Images(Reader(settings), settings.image_column), Gate(memory)
 
-    def decode(self, image: PlannedImage) -> Decoded | None:
-        """The image, its pixels as `road.network_input` gives them; None for the worker to see to it itself."""
+    def decode(self, image: PlannedImage) -> Input | None:
+        """The image as `road.network_input` gives it; None for the worker to see to it itself."""
         use_threads(1)
         with suppress(*ERRORS, ChangedError, ContainerError, DecodeError, UnplannedError), ExitStack() as room:
 
             def make_room(height: int, width: int) -> None:
                 if (height, width) != (image.height, image.width):
                     raise UnplannedError
-                room.enter_context(self.gate.hold(Load.of(image, height * width, 0, 1).decoding))
+                inputs = input_bytes(height, width, self.policy, self.settings.looks)
+                room.enter_context(self.gate.hold(Load.of(image, height * width, inputs, 1).decoding + inputs))
 
             return network_input(self.source.fetch(image), self.policy, self.settings, make_room)
         return None
@@ -66,7 +67,7 @@ class Decoders:
         self.actors, self.turn = actors, itertools.count()
         self.resting = [0.0] * len(actors)  # until when, by the monotonic clock
 
-    def __call__(self, image: PlannedImage) -> Decoded | None:
+    def __call__(self, image: PlannedImage) -> Input | None:
         """What the next decoder makes of the image; None for the worker to see to it itself.
 
         It does where images are rows of Parquet, of which one who reads them in order reads each page once.
@@ -77,11 +78,11 @@ class Decoders:
         if time.monotonic() < self.resting[number]:
             return None
         try:
-            found: Decoded | None = ray.get(self.actors[number].decode.remote(image), timeout=PATIENCE)
+            found: Input | None = ray.get(self.actors[number].decode.remote(image), timeout=PATIENCE)
         except ray.exceptions.RayError:
             self.resting[number] = time.monotonic() + REST
             return None
-        return found and replace(found, pixels=np.array(found.pixels))  # else it would hold the object store's memory
+        return found and replace(found, pixels=tuple(map(np.array, found.pixels)))  # not the object store's memory
 
 
 def start_decoders(settings: SegmentSettings, memory: int) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ Both sides lie in DuckDB, on the disk, as there may be millions.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import duckdb
@@ -81,12 +81,17 @@ PAIRS = """
 
 
 def pair(
-    tables: duckdb.DuckDBPyConnection, truth: str, settings: TruthSettings, storage: StorageSettings
+    tables: duckdb.DuckDBPyConnection,
+    truth: str,
+    settings: TruthSettings,
+    storage: StorageSettings,
+    listed: Callable[[int], None] = lambda found: None,
 ) -> Counter[str]:
     """Fill the tables `masks` (FILES) from `truth` and `pairs` from it and `images`, which has `uri` and `name`.
 
     `pairs` has a row for each image, and for each mask that belongs to none: image, mask, status (`paired`, `no_truth`,
-    `no_image`, `ambiguous`) and error. What is no mask by its name is counted, by why. Raises `ConfigurationError`.
+    `no_image`, `ambiguous`) and error. What is no mask by its name is counted, by why; `listed` hears of masks that are
+    found. Raises `ConfigurationError`.
     """
     reader = Reader(storage)
     keys = renamed(tables, settings.rename)
@@ -99,7 +104,7 @@ def pair(
         match_by_table(tables)
         return Counter()
     columns = [settings.truth_mask_column] if settings.truth_mask_column else MASK_COLUMNS
-    skipped = list_files(tables, "masks", truth, storage, columns)
+    skipped = list_files(tables, "masks", truth, storage, columns, listed)
     match_by_name(tables, keys)
     return skipped
 
@@ -203,7 +208,12 @@ def first_of(wanted: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def list_files(
-    tables: duckdb.DuckDBPyConnection, table: str, url: str, storage: StorageSettings, columns: Sequence[str]
+    tables: duckdb.DuckDBPyConnection,
+    table: str,
+    url: str,
+    storage: StorageSettings,
+    columns: Sequence[str],
+    listed: Callable[[int], None] = lambda found: None,
 ) -> Counter[str]:
     """Fill a table (FILES) with all images, by name, that are at `url`: a folder, bucket or prefix, a glob, a tar or
     Parquet file, in which they are in the first of `columns` that is there. What is none is counted, by why.
@@ -223,6 +233,7 @@ def list_files(
         for some in ahead(lambda row: list_members(row, reader, columns, skipped), files):
             add(tables, table, {name: [row[name] for row in some] for name in FILES.names if name != "image"})
             count += len(some)
+        listed(count)
     if not count:
         raise ConfigurationError(f"{public_url(url)}: no images found{summary(skipped)}")
     return skipped

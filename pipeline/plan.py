@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.policy import Policy
+from pipeline.policy import ONE_LOOK, Looks, Policy
 from pipeline.tables import make_room
 
 SHARD_IMAGES = (64, 1024)  # the least and the most by default; multiples of all usual batches
@@ -104,7 +104,7 @@ class PlannedShard:
 
     bucket: str | None  # network input, "height x width"; None: sizes not known
     images: int
-    windows: int  # network inputs that they make: one each, but for large ones under the policy native
+    windows: int  # network inputs that they make, at one look: one each, but for large ones under the policy native
     work: int  # pixels of the network's input, and what decoding takes beside it
     mask_pixels: int
 
@@ -131,18 +131,23 @@ class Plan:
 
 
 def make_plan(
-    tables: duckdb.DuckDBPyConnection, folder: Path, policy: Policy, shard_images: int | None, max_pixels: int
+    tables: duckdb.DuckDBPyConnection,
+    folder: Path,
+    policy: Policy,
+    shard_images: int | None,
+    max_pixels: int,
+    looks: Looks = ONE_LOOK,
 ) -> Plan:
     """Plan the images in the table `images` (the index's columns), with its files in `folder`.
 
     A shard has up to `shard_images`, fewer where they are large: an image takes one of so many places, or more by its
-    pixels and those of its input. One of more than `max_pixels` has no mask.
+    pixels and those of its looks. One of more than `max_pixels` has no mask.
     """
     total = tables.table("images").count("*").fetchall()[0][0]
     make_room(tables, total)
     size = shard_images or shard_size(total)
     shapes = tables.sql(SHAPES).to_arrow_table()
-    tables.register("shapes", shape_table(shapes, policy, size, max_pixels))
+    tables.register("shapes", shape_table(shapes, policy, size, max_pixels, looks))
     ordered = tables.sql(ORDERED).to_arrow_reader(BATCH_ROWS)
     parts: list[Path] = []
     shards: list[PlannedShard] = []
@@ -167,7 +172,7 @@ def shard_size(images: int) -> int:
     return min(max(least, math.ceil(images / SHARDS_WANTED / least) * least), most)
 
 
-def shape_table(shapes: pa.Table, policy: Policy, size: int, max_pixels: int) -> pa.Table:
+def shape_table(shapes: pa.Table, policy: Policy, size: int, max_pixels: int, looks: Looks) -> pa.Table:
     """What an image of each shape (width and height, 0 where they are not known) means to the plan."""
     heights, widths = (shapes[side].to_numpy().astype(np.int64) for side in ("height", "width"))
     known = (heights > 0) & (widths > 0)
@@ -175,7 +180,7 @@ def shape_table(shapes: pa.Table, policy: Policy, size: int, max_pixels: int) ->
     bucket_h, bucket_w = (np.where(known, side, 0) for side in policy.sizes(*sides))
     pixels = np.where(heights * widths <= max_pixels, heights * widths, 0)  # that will be decoded
     windows = np.where(pixels > 0, policy.windows(*sides), 1)
-    inputs = np.where(pixels > 0, windows * bucket_h * bucket_w, 0)
+    inputs = np.rint(np.where(pixels > 0, windows * bucket_h * bucket_w, 0) * looks.work).astype(np.int64)
     places = np.maximum(pixels, inputs * (SHARD_PIXELS // SHARD_INPUT))
     columns = {
         "bucket_h": bucket_h,
@@ -294,14 +299,14 @@ def batch_size(height: int, width: int, batch_pixels: int) -> int:
     return max(1, batch_pixels // (height * width))
 
 
-def summarise(shards: Sequence[PlannedShard], batch_pixels: int) -> list[Bucket]:
+def summarise(shards: Sequence[PlannedShard], batch_pixels: int, looks: Looks = ONE_LOOK) -> list[Bucket]:
     """A plan's buckets, largest first."""
     members: dict[str | None, list[PlannedShard]] = {}
     for shard in shards:
         members.setdefault(shard.bucket, []).append(shard)
     buckets = []
     for name, found in members.items():
-        batch = batch_size(*bucket_size(name), batch_pixels) if name else 1
+        batch = batch_size(*looks.largest(*bucket_size(name)), batch_pixels) if name else 1
         batches = sum(-(-shard.windows // batch) for shard in found)
         mask_bytes = round(MASK_BYTES_PER_PIXEL * sum(shard.mask_pixels for shard in found))
         images, windows = sum(shard.images for shard in found), sum(shard.windows for shard in found)

@@ -4,11 +4,15 @@ Images of one size share a batch, so the sizes must be few. Scaling the short si
 multiple of 32, of 64 where it is twice as long, of 128 where it is four times (and so on), puts a collection of
 thousands of shapes into a few dozen buckets without padding a pixel. Where no pixel may be scaled, an image is seen
 through windows of one size instead (`model.windows`).
+
+It may be seen more than once: `Looks` says how often, and at which sizes beside that of its bucket.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -58,6 +62,42 @@ class Policy:
         return self.native.count(heights) * self.native.count(widths) if self.native else heights * 0 + 1
 
 
+@dataclass(frozen=True)
+class Looks:
+    """How the network sees each image: at all `scales`, factors on the bucket's sides, ascending; mirrored too with
+    `flip`.
+    """
+
+    flip: bool = False
+    scales: tuple[float, ...] = (1.0,)
+
+    @property
+    def count(self) -> int:
+        """How often it sees an image."""
+        return (1 + self.flip) * len(self.scales)
+
+    @property
+    def work(self) -> float:
+        """How many times the bucket's pixels it sees, roughly."""
+        return (1 + self.flip) * sum(scale**2 for scale in self.scales)
+
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Its input (height, width) at each scale, of a bucket; nearest multiples of `STEP`."""
+        return [(scaled(height, scale), scaled(width, scale)) for scale in self.scales]
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """The greatest of them."""
+        return self.sizes(height, width)[-1]
+
+
+ONE_LOOK = Looks()
+
+
+def scaled(side: int, scale: float) -> int:
+    """A side in pixels times a factor, in whole steps."""
+    return max(1, math.floor(side * scale / STEP + 0.5)) * STEP
+
+
 @lru_cache(maxsize=10_000)  # a collection has few sizes, and NumPy takes its time for one number
 def size_of(policy: Policy, height: int, width: int) -> tuple[int, int]:
     heights, widths = policy.sizes(np.array([height]), np.array([width]))
@@ -93,3 +133,22 @@ def check_windows(tiling: Tiling) -> None:
         raise ValueError(f"the window must be a multiple of {STEP} from {2 * STEP} to {MAX_SIDE}")
     if tiling.overlap % STEP or not STEP <= tiling.overlap < tiling.window:
         raise ValueError(f"the overlap must be a multiple of {STEP} from {STEP} to less than the window")
+
+
+def checked_scales(scales: tuple[float, ...], policy: Policy) -> tuple[float, ...]:
+    """Scales in ascending order. ValueError for those at which nothing can be seen."""
+    if not scales:
+        raise ValueError("expected factors on the size of --policy (0.75,1,1.25)")
+    if policy.native:
+        if scales != (1.0,):
+            raise ValueError("with --policy native no pixel is scaled; use --flip alone, or short=N")
+        return scales
+    sides = policy.exact or (policy.short or 0,)
+    for scale in scales:
+        if not STEP <= scale * min(sides) <= scale * max(sides) <= MAX_SIDE:
+            raise ValueError(f"{scale:g} times the side of --policy {policy} is not from {STEP} to {MAX_SIDE} pixels")
+    scales = tuple(sorted(scales))
+    for one, following in pairwise(scales):
+        if (side := scaled(min(sides), one)) == scaled(min(sides), following):
+            raise ValueError(f"{one:g} and {following:g} times the side of --policy {policy} are both {side} pixels")
+    return scales

@@ -93,7 +93,8 @@ def plan_again(run: Run, statuses: tuple[str, ...], job: SegmentSettings, listen
     left = tables.table("images").count("*").fetchall()[0][0]
     mended = f", {failed - left:,} of which are ok by now, or another retry's" if left < failed else ""
     listener.say(f"{failed:,} images of run {run.id} are {' or '.join(statuses)}{mended}")
-    return make_plan(tables, space.folder, parse_policy(job.policy), job.shard_images, job.max_pixels)
+    policy = parse_policy(job.policy)
+    return make_plan(tables, space.folder, policy, job.shard_images, job.max_pixels, job.looks)
 
 
 def fill(tables: duckdb.DuckDBPyConnection, name: str, pages: Iterator[pa.Table]) -> int:

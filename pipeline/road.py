@@ -36,10 +36,10 @@ from pipeline import attempts
 from pipeline.attempts import ERRORS, cause, is_of_credentials, reason
 from pipeline.config import SegmentSettings
 from pipeline.containers import ContainerError, Images
-from pipeline.decode import Decoded, DecodeError, decode, resize
+from pipeline.decode import DecodeError, decode, resize
 from pipeline.masks import encode_mask
 from pipeline.plan import PlannedImage, batch_size, bucket_size
-from pipeline.policy import Policy, parse_policy
+from pipeline.policy import Looks, Policy, parse_policy
 from pipeline.reader import ChangedError
 from pipeline.schema import Outcome
 from pipeline.stages import Clock, Gate, Stage
@@ -128,7 +128,7 @@ class Item:
     batch: "Batch"
     load: Load
     data: bytes | None = None  # encoded
-    pixels: np.ndarray | None = None  # uint8 (H, W, 3) at the bucket's size, or at its own for windows
+    pixels: tuple[np.ndarray, ...] | None = None  # as in `Input`
     found: Segmentation | None = None
     outcome: Outcome | None = None
 
@@ -149,6 +149,18 @@ class Batch:
             return self.arrived == len(self.items)
 
 
+@dataclass(frozen=True)
+class Input:
+    """An image as the network sees it. `height` and `width` are the image's own, in pixels.
+
+    `pixels` are uint8 (h, w, 3) RGB, one for each scale at its size; or one of the image's own size, for windows.
+    """
+
+    pixels: tuple[np.ndarray, ...]
+    height: int
+    width: int
+
+
 class Road:
     """The stages and their threads, which live as long as the worker."""
 
@@ -161,14 +173,14 @@ class Road:
         threads: int,
         memory: int,
         answers: Callable[[], bool] = lambda: True,
-        ahead: Callable[[PlannedImage], Decoded | None] = lambda image: None,
+        ahead: Callable[[PlannedImage], Input | None] = lambda image: None,
     ):
         """`threads` each decode, encode and, on a CPU, run the network; `memory` is in bytes; `answers` says whether
         the store gives anything, when it has failed for long; `ahead` gives what was decoded elsewhere.
         """
         self.answers, self.ahead = answers, ahead
         self.source, self.predictor, self.labels, self.settings = source, predictor, labels, settings
-        self.policy = parse_policy(settings.policy)
+        self.policy, self.looks = parse_policy(settings.policy), settings.looks
         self.batch_pixels = settings.batch_pixels or predictor.batch_pixels
         self.gate, self.decoder = Gate(memory // 2), Gate(memory // 2)
         self.largest, self.largest_unplanned, self.activations = Load(0, 0), 0, 0  # so far, for `bound`
@@ -244,7 +256,7 @@ class Road:
             load = self.load(image, image.height or 0, image.width or 0)
             windows = self.policy.windows(image.height or 1, image.width or 1)
             self.largest = self.largest.or_more(load)
-            full = self.predictor.full_batch(batch_size(*size, self.batch_pixels)) if size else 1
+            full = self.full_batch(*size) if size else 1
             no_room = waiting + load.waiting > self.gate.limit
             if batch.items and (inputs + windows > full or size != before or no_room):
                 yield batch
@@ -258,8 +270,11 @@ class Road:
         pixels = height * width
         if not 0 < pixels <= self.settings.max_pixels:
             return Load.of(image, pixels, None, len(self.labels))
-        inputs = UNSCALED * pixels if self.policy.native else SCALED * math.prod(self.policy.size(height, width))
-        return Load.of(image, pixels, inputs, len(self.labels))
+        return Load.of(image, pixels, input_bytes(height, width, self.policy, self.looks), len(self.labels))
+
+    def full_batch(self, height: int, width: int) -> int:
+        """How many inputs of a bucket's size are good for the device, at the largest look."""
+        return self.predictor.full_batch(batch_size(*self.looks.largest(height, width), self.batch_pixels))
 
     def input_sizes(self, images: Sequence[PlannedImage]) -> list[tuple[int, int] | None]:
         """Network input (height, width) of each image; None where the plan does not know its size."""
@@ -322,7 +337,7 @@ class Road:
         except DecodeError as error:
             item.outcome = Outcome(error.status, str(error))
 
-    def take(self, item: Item, image: Decoded) -> None:
+    def take(self, item: Item, image: Input) -> None:
         """Have an image's pixels for the network."""
         height, width = self.policy.size(image.height, image.width)
         item.pixels = image.pixels
@@ -351,25 +366,35 @@ class Road:
 
     def scaled(self, items: list[Item], bucket: str) -> int:
         """Have the network see images that have been scaled to its input; with how many of the first it is done."""
-        height, width = bucket_size(bucket)
-        some = items[: self.fitting.get(bucket)]
+        size, looks, some = bucket_size(bucket), self.looks, items[: self.fitting.get(bucket)]
         images, sizes = pixels_and_sizes(some)
-        held = self.predictor.activations(len(some) * height * width, sum(map(math.prod, sizes)))
+        pixels = len(some) * max(math.prod(size), math.prod(looks.largest(*size)))
+        held = self.predictor.activations(pixels, sum(map(math.prod, sizes)), looks.count)
         self.activations = max(self.activations, held)
-        return self.run(some, bucket, len(some), len(some), lambda: self.predictor(np.stack(images), sizes))
+
+        def network() -> list[Segmentation]:
+            views = [np.stack(view) for view in zip(*images, strict=True)]
+            return self.predictor.at_scales(views, size, sizes, looks.flip)
+
+        return self.run(some, bucket, len(some), len(some), network)
 
     def unscaled(self, items: list[Item], bucket: str) -> int:
         """The same of images that it sees through windows of the bucket's size."""
-        tiling, (height, width) = self.policy.native, bucket_size(bucket)
+        tiling, looks = self.policy.native, self.looks
         assert tiling
         most = self.fitting.get(bucket)
         some = items[:1] if most == 1 else items  # where not even two windows fit, what else is held matters too
-        images, sizes = pixels_and_sizes(some)
+        found, sizes = pixels_and_sizes(some)
+        images = [pixels for (pixels,) in found]
         windows = sum(self.policy.windows(*size) for size in sizes)
-        batch = min(windows, self.predictor.full_batch(batch_size(height, width, self.batch_pixels)), most or windows)
-        held = self.predictor.activations_through_windows(sizes, tiling, batch)
+        batch = min(windows, self.full_batch(*bucket_size(bucket)), most or windows)
+        held = self.predictor.activations_through_windows(sizes, tiling, batch, looks.count)
         self.activations = max(self.activations, held)
-        return self.run(some, bucket, windows, batch, lambda: self.predictor.through_windows(images, tiling, batch))
+
+        def network() -> list[Segmentation]:
+            return self.predictor.through_windows(images, tiling, batch, looks.flip)
+
+        return self.run(some, bucket, windows, batch, network)
 
     def run(
         self, items: list[Item], bucket: str, inputs: int, batch: int, network: Callable[[], list[Segmentation]]
@@ -380,11 +405,12 @@ class Road:
         that cannot be halved is tried a few times, as others may have the memory for the moment, and then has failed.
         """
         job, is_least = items[0].job, batch == len(items) == 1
-        is_ready, started = self.predictor.is_ready_for((batch, *bucket_size(bucket), 3)), time.perf_counter()
+        shapes = [(batch, *size, 3) for size in self.looks.sizes(*bucket_size(bucket))]
+        is_ready, started = all(map(self.predictor.is_ready_for, shapes)), time.perf_counter()
         if found := within_memory(network, PAUSES if is_least else (), lambda: job.misfits.append(batch)):
             for item, segmentation in zip(items, found, strict=True):
                 item.pixels, item.found = None, segmentation
-            full = self.predictor.full_batch(batch_size(*bucket_size(bucket), self.batch_pixels))
+            full = self.full_batch(*bucket_size(bucket))
             job.batches.append(len(items))
             job.fills.append((inputs, max(inputs, math.ceil(inputs / batch) * full)))
             if not is_ready:  # a part of the stage's time that is worth knowing
@@ -419,23 +445,33 @@ class Road:
 
 def network_input(
     data: bytes, policy: Policy, settings: SegmentSettings, make_room: Callable[[int, int], None]
-) -> Decoded:
-    """The image in `data`, its pixels at the size that the network wants: the bucket's, or its own for windows.
+) -> Input:
+    """The image in `data` as the network wants it; each scale is made of all its pixels, not of another scale's.
 
     `make_room` is called with its height and width before they take memory. Raises `DecodeError`.
     """
+    looks = settings.looks
 
     def admit(height: int, width: int) -> tuple[int, int] | None:
         make_room(height, width)
-        return policy.size(height, width) if settings.scaled_decoding and not policy.native else None
+        is_enough = settings.scaled_decoding and not policy.native
+        return looks.largest(*policy.size(height, width)) if is_enough else None
 
     image = decode(data, settings.max_pixels, admit, settings.allow_truncated)
     if policy.native:
-        return image
-    return replace(image, pixels=resize(image.pixels, *policy.size(image.height, image.width)))
+        return Input((image.pixels,), image.height, image.width)
+    sizes = looks.sizes(*policy.size(image.height, image.width))
+    return Input(tuple(resize(image.pixels, *size) for size in sizes), image.height, image.width)
 
 
-def pixels_and_sizes(items: list[Item]) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+def input_bytes(height: int, width: int, policy: Policy, looks: Looks) -> int:
+    """What an image of this size takes as `Input`, and in the batch that it is copied into."""
+    if policy.native:
+        return UNSCALED * height * width
+    return SCALED * sum(map(math.prod, looks.sizes(*policy.size(height, width))))
+
+
+def pixels_and_sizes(items: list[Item]) -> tuple[list[tuple[np.ndarray, ...]], list[tuple[int, int]]]:
     """The pixels of images, and their own (height, width)."""
     found = [(item.pixels, item.outcome) for item in items]
     images = [pixels for pixels, _ in found if pixels is not None]

@@ -281,7 +281,7 @@ def index_and_plan(settings: PlanSettings, output: Store, origin: Origin, space:
         if not one.is_finished and one.contents.origin.model_version == origin.model_version:
             listener.say(f"run {one.run.id} has images of its own and is not finished; finish it with its settings")
     policy = parse_policy(settings.policy)
-    plan = make_plan(space.tables, space.folder, policy, settings.shard_images, settings.max_pixels)
+    plan = make_plan(space.tables, space.folder, policy, settings.shard_images, settings.max_pixels, settings.looks)
     return replace(plan, changes=changes.todo)
 
 

@@ -8,6 +8,7 @@
     current      of each image that is still there the row of the run that was finished last, or that it returned to
     class_stats  of each of these images the classes that its mask has, a row each
     failures     those of these images that have no mask, and why
+    evaluations  a row for each image of each evaluation, and for masks of ground truth that belong to none
 
 `current` finds its rows by URI and run alone, and holds no URI of the first run in memory, so that a query on
 statistics never reads a mask, and one over a first run of many images and small ones since is as fast as a scan.
@@ -20,6 +21,7 @@ from pipeline.changes import BACK_FOLDER, GONE_FOLDER, log_parts
 from pipeline.config import ConfigurationError
 from pipeline.storage import Store
 
+EVALUATIONS_FOLDER = "evaluations"
 SEGMENTS = """
 CREATE OR REPLACE VIEW segments AS
   FROM read_parquet('{root}/segments/*/*.parquet', hive_partitioning = false);"""
@@ -94,6 +96,22 @@ CREATE OR REPLACE VIEW failures AS
   SELECT uri, status, {reason} AS reason,
     error, format, bytes, width, height, model_version, run_id FROM current WHERE status <> 'ok';"""
 
+# of evaluations that are whole
+EVALUATED = """
+CREATE OR REPLACE VIEW evaluations AS
+  SELECT * FROM read_parquet('{root}/{evaluations}/*/images/*.parquet', hive_partitioning = false)
+  SEMI JOIN (SELECT content ->> '$.evaluation' AS evaluation
+    FROM read_text('{root}/{evaluations}/*/evaluation.json')) USING (evaluation);"""
+NONE_EVALUATED = """
+CREATE OR REPLACE VIEW evaluations AS
+  SELECT NULL::VARCHAR AS uri, NULL::VARCHAR AS etag, NULL::VARCHAR AS run_id, NULL::VARCHAR AS evaluation,
+    NULL::VARCHAR AS status, NULL::VARCHAR AS error, NULL::VARCHAR AS truth, NULL::BIGINT AS pixels,
+    NULL::DOUBLE AS accuracy, NULL::DOUBLE AS mean_accuracy, NULL::DOUBLE AS mean_iou, NULL::DOUBLE AS mean_dice,
+    NULL::DOUBLE AS frequency_weighted_iou, NULL::DOUBLE AS mean_boundary_iou,
+    NULL::STRUCT(class_id INTEGER, name VARCHAR, truth_pixels BIGINT, mask_pixels BIGINT, pixels BIGINT, iou DOUBLE,
+      dice DOUBLE, accuracy DOUBLE, precision DOUBLE, boundary_iou DOUBLE)[] AS classes
+  WHERE false;"""
+
 
 def views(output: Store) -> str:
     """SQL that makes the views of an output that has rows; whether anything has gone or returned is as of now."""
@@ -127,9 +145,17 @@ def views_at(output: Store, root: str, is_one_run: bool = False) -> str:
         current + (STILL_THERE if has_gone else "") + ";",
         CLASS_STATS,
         FAILURES,
+        EVALUATED if has_evaluations(output) else NONE_EVALUATED,
     ]
     given = {"root": in_pattern(root), "gone": GONE_FOLDER, "back": BACK_FOLDER, "record": json.dumps(RECORD)}
+    given["evaluations"] = EVALUATIONS_FOLDER
     return "\n".join(parts).format(**given, places=PLACES, back_places=BACK, reason=REASON).lstrip()
+
+
+def has_evaluations(output: Store) -> bool:
+    """Whether there is any that is whole."""
+    names = output.names(EVALUATIONS_FOLDER)
+    return any("evaluation.json" in output.names(f"{EVALUATIONS_FOLDER}/{name}") for name in names)
 
 
 def in_pattern(root: str) -> str:

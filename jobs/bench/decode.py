@@ -12,13 +12,12 @@ import json
 import time
 from collections.abc import Callable, Mapping
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from jobs.bench.model import processor
 from jobs.demo import WEIGHTS
-from jobs.scenes.draw import CLASSES, draw_scene
+from jobs.scenes.street import CLASSES, draw_scene
 from model.checkpoint import load_checkpoint
 from model.predictor import Predictor, use_threads
 from pipeline.decode import decode, resize
@@ -100,6 +99,8 @@ def pillow(data: bytes) -> np.ndarray:
 
 
 def opencv(data: bytes) -> np.ndarray:
+    import cv2
+
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     assert pixels is not None
     return to_input(np.asarray(pixels))

@@ -21,7 +21,7 @@ from PIL import Image
 
 from jobs.bench.model import processor, save_random_network
 from jobs.demo import WEIGHTS
-from jobs.scenes.draw import draw_scene
+from jobs.scenes.street import draw_scene
 from model.checkpoint import load_checkpoint
 from model.labels import label_set
 from model.predictor import Predictor

@@ -29,7 +29,7 @@ import torch
 
 from jobs.bench.contenders import Case, contenders
 from jobs.demo import WEIGHTS
-from jobs.scenes.draw import draw_scene
+from jobs.scenes.street import draw_scene
 from model.checkpoint import save_huggingface
 from model.labels import label_set
 from model.segformer import VARIANTS, Segformer, SegformerConfig, variant

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.scenes.draw import CLASSES
+from jobs.scenes.street import CLASSES
 from pipeline.commit import Contents
 from pipeline.plan import Origin
 from pipeline.schema import CLASS, SEGMENTS, SUMMARY_KEY, encode_table

@@ -24,7 +24,7 @@ from jobs.bench.outputs import write_output
 from jobs.display import Display
 from jobs.page import make
 from jobs.page.gallery import IMAGE_BYTES
-from jobs.scenes.draw import CLASSES, PALETTE, draw_scene
+from jobs.scenes.street import CLASSES, PALETTE, draw_scene
 from model.labels import label_set
 from pipeline.config import ReportSettings
 from pipeline.masks import encode_mask

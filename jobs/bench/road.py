@@ -34,7 +34,7 @@ from PIL import Image
 
 from jobs.bench.model import installed, processor
 from jobs.demo import WEIGHTS
-from jobs.scenes.draw import draw_scene
+from jobs.scenes.street import draw_scene
 
 SIZES: dict[str, list[tuple[int, int]]] = {  # (width, height), each as often as it stands there
     "vga": [(640, 480)],

@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -82,7 +82,7 @@ class Stretch:
 @cache
 def flat_mask(height: int, width: int) -> Segmentation:
     """Areas as a network finds them: a real mask of the demo's, at any size."""
-    from jobs.scenes.draw import CLASSES, draw_scene
+    from jobs.scenes.street import CLASSES, draw_scene
 
     mask = draw_scene(0, 640, 480).mask
     rows, columns = (np.arange(size) * mask.shape[axis] // size for axis, size in enumerate((height, width)))
@@ -99,6 +99,11 @@ class NullPredictor:
     def __call__(self, images: np.ndarray, sizes: Iterable[tuple[int, int]]) -> list[Segmentation]:
         return [flat_mask(*size) for size in sizes]
 
+    def at_scales(
+        self, views: Sequence[np.ndarray], bucket: tuple[int, int], sizes: list[tuple[int, int]], flip: bool = False
+    ) -> list[Segmentation]:
+        return self(views[0], sizes)
+
     def full_batch(self, images: int) -> int:
         return images
 
@@ -108,7 +113,7 @@ class NullPredictor:
     def enter_lane(self) -> None:
         pass
 
-    def activations(self, pixels: int, mask_pixels: int) -> int:
+    def activations(self, pixels: int, mask_pixels: int, looks: int = 1) -> int:
         return 0
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from jobs.demo import WEIGHTS
-from jobs.scenes.draw import CLASSES, PALETTE, draw_scene
+from jobs.scenes.street import CLASSES, PALETTE, draw_scene
 from model.checkpoint import load_checkpoint
 from model.labels import label_set
 from model.predictor import Predictor

@@ -229,9 +229,11 @@ def test_a_run_shows_progress_and_closes_with_a_table_and_a_query(swath, collect
 def test_the_demo_segments_its_scenes_well_and_shows_them(swath, tmp_path):
     code, out, _ = swath("demo", tmp_path / "demo", "--images", "16")
     assert code == 0
-    accuracy = next(line for line in out.splitlines() if line.startswith("pixel accuracy")).split()
-    assert float(accuracy[2]) >= 0.95
-    assert float(accuracy[5]) >= 0.80
+    (evaluation,) = (tmp_path / "demo/masks/evaluations").glob("*/evaluation.json")
+    scores = json.loads(evaluation.read_text())["pooled"]
+    assert scores["accuracy"] >= 0.95
+    assert scores["mean_iou"] >= 0.80
+    assert f"mean IoU                          {scores['mean_iou']:.4f}" in out
     rows = pyarrow.dataset.dataset(tmp_path / "demo/masks/segments").to_table().to_pylist()
     assert len(rows) == 16 + 3
     assert len({(row["width"], row["height"]) for row in rows if row["mask"]}) >= 6

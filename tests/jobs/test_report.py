@@ -29,7 +29,7 @@ from jobs.page.figures import Histogram
 from jobs.page.gallery import IMAGE_BYTES, MASK_BYTES, SIDE, palette_of, small_image, small_mask
 from jobs.page.render import FOLDER, NONE, amount, dollars, duration, name, percent, place
 from jobs.page.runs import FinishedRun
-from jobs.scenes.draw import CLASSES, PALETTE, draw_scene
+from jobs.scenes.street import CLASSES, PALETTE, draw_scene
 from model.labels import label_set
 from pipeline.changes import DELETIONS
 from pipeline.commit import Contents

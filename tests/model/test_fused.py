@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jobs.demo import WEIGHTS
-from jobs.scenes.draw import draw_scene
+from jobs.scenes.street import draw_scene
 from model import native
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, load_checkpoint
 from model.fused import FusedSegformer

@@ -30,10 +30,15 @@ def test_engines_agree(checkpoint):
     loaded = load_checkpoint(checkpoint)
     predictors = [Predictor(loaded, "cpu", engine, "float32") for engine in ("torch", "native", "compiled")]
     assert [predict.is_ready_for(images.shape) for predict in predictors] == [True, True, False]
-    first, *others = (predict(images, [(200, 300)] * 3) for predict in predictors)
+    sizes = [(200, 300)] * 3
+    first, *others = (
+        predict(images, sizes) + predict.at_scales([images], (64, 96), sizes, flip=True)  # of the same shape
+        for predict in predictors
+    )
     assert predictors[2].is_ready_for((4, 64, 96, 3))  # three were filled up to four
     assert not predictors[2].is_ready_for((5, 64, 96, 3))
     assert [predict.full_batch(7) for predict in predictors] == [7, 7, 4]  # so that full batches are whole
+    assert len(predictors[2].compiled) == 1
     for other in others:
         for ours, theirs in zip(first, other, strict=True):
             assert (ours.mask == theirs.mask).mean() > 0.9999

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.demo import WEIGHTS
-from jobs.scenes.draw import draw_scene
+from jobs.scenes.street import draw_scene
 from model import native
 from model.checkpoint import load_checkpoint
 from model.mosaic import Mosaic, strip_pixels

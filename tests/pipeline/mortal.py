@@ -8,8 +8,9 @@ import pipeline.road
 import pipeline.segment
 from model.checkpoint import Checkpoint
 from model.predictor import Predictor
-from pipeline.decode import Decoded, DecodeError
+from pipeline.decode import DecodeError
 from pipeline.plan import PlannedImage
+from pipeline.road import Input
 
 KILL = b"a decoder's bug"  # after the end of an image
 decode = pipeline.road.decode
@@ -31,7 +32,7 @@ class Mortal(pipeline.segment.Segmenter):
 class MortalDecoder(pipeline.decoders.Decoder):
     """A decoder that crashes with the same images."""
 
-    def decode(self, image: PlannedImage) -> Decoded | None:
+    def decode(self, image: PlannedImage) -> Input | None:
         if self.source.fetch(image).endswith(KILL):
             ctypes.string_at(0)
         return super().decode(image)

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,11 @@ class Device:
         pixels = np.r_[height * width, np.zeros(LABELS - 1, int)]
         return Segmentation(np.zeros((height, width), np.uint8), pixels, np.ones(LABELS, np.float32), 1.0, 0.0)
 
+    def at_scales(
+        self, views: Sequence[np.ndarray], bucket: tuple[int, int], sizes: list[tuple[int, int]], flip: bool
+    ) -> list[Segmentation]:
+        return self(views[0], sizes)
+
     def full_batch(self, images: int) -> int:
         return images
 
@@ -44,7 +49,7 @@ class Device:
     def enter_lane(self) -> None:
         pass
 
-    def activations(self, pixels: int, mask_pixels: int) -> int:
+    def activations(self, pixels: int, mask_pixels: int, looks: int) -> int:
         return 0
 
     def __str__(self) -> str:

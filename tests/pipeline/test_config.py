@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.config import ConfigurationError, SegmentSettings, build, read_yaml, worker_range
+from model.checkpoint import model_version
+from pipeline.config import ConfigurationError, NightlySettings, SegmentSettings, build, read_yaml, worker_range
 
 GOOD = {"input": "in", "output": "out", "checkpoint": "c"}
 
@@ -27,6 +28,13 @@ def test_good_settings_pass_and_defaults_are_sensible():
         ({"shard_images": 0}, "1 or more (got 0)"),
         ({"policy": "big"}, "short=512"),
         ({"polcy": "short=512"}, "did you mean 'policy'?"),
+        ({"scales": "0.75,x"}, "scales: input should be a valid number"),
+        ({"scales": ()}, "scales: expected factors"),
+        ({"scales": "1,1.01"}, "1 and 1.01 times the side of --policy short=512 are both 512 pixels"),
+        ({"scales": "nan"}, "from 32 to 8192 pixels (got 'nan')"),
+        ({"scales": "1,0.05"}, "0.05 times the side of --policy short=512 is not from 32 to 8192"),
+        ({"scales": "1.5", "policy": "exact=32x8192"}, "1.5 times the side"),
+        ({"scales": "0.75,1", "policy": "native"}, "with --policy native no pixel is scaled; use --flip alone"),
         ({"zzz": 1}, "unknown setting 'zzz'; see --help"),
         ({"workers": "8:1"}, "MIN:MAX"),
         ({"run_id": "../evil"}, "letters, digits"),
@@ -95,3 +103,18 @@ def test_yaml_keys_may_be_written_as_options_are(tmp_path):
     assert settings.storage_option == {"gs.token": "anon", "s3.anon": False}
     typed = build(SegmentSettings, GOOD | {"storage_option": ["s3.anon=false", "s3.default_block_size=5242880"]})
     assert typed.storage_option == {"s3.anon": False, "s3.default_block_size": 5242880}
+
+
+def test_how_often_the_network_looks_is_a_part_of_the_model_version_only_where_it_is_asked_for(tmp_path):
+    """An output of before --flip and --scales would be done all over again by another version of what it has."""
+    path = tmp_path / "settings.yaml"
+    path.write_text("scales: [1.25, 0.75]\nflip: true\n")
+    listed = build(NightlySettings, GOOD | read_yaml(str(path)))
+    given = [{}, {"scales": "1"}, {"flip": True}, {"scales": "0.75,1.25"}, {"scales": " 1.25,0.75 ", "flip": "true"}]
+    found = [build(SegmentSettings, GOOD | values) for values in given] + [build(SegmentSettings, listed.model_dump())]
+    versions = [model_version("0" * 64, settings.mask_settings()) for settings in found]
+    assert versions[:2] == ["1603d3de2516"] * 2  # as it was before there were looks
+    assert len(set(versions)) == 4
+    assert versions[4] == versions[5]
+    assert found[4].mask_settings() == found[0].mask_settings() | {"flip": True, "scales": [0.75, 1.25]}
+    assert found[4].looks == found[5].looks

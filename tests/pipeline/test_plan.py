@@ -22,7 +22,7 @@ from pipeline.plan import (
     planned_images,
     shard_size,
 )
-from pipeline.policy import parse_policy
+from pipeline.policy import ONE_LOOK, Looks, parse_policy
 from pipeline.storage import Store
 
 SIZES = st.one_of(st.none(), st.tuples(st.integers(1, 5000), st.integers(1, 5000)))
@@ -42,11 +42,13 @@ def images_of(sizes: list[tuple[int, int] | None]) -> pa.Table:
 def planned(tmp_path_factory):
     """Make a plan of a table of images, and read its shards back."""
 
-    def make(images: pa.Table, policy: str, size: int | None, max_pixels: int = 10**9) -> tuple[Plan, list[pa.Table]]:
+    def make(
+        images: pa.Table, policy: str, size: int | None, max_pixels: int = 10**9, looks: Looks = ONE_LOOK
+    ) -> tuple[Plan, list[pa.Table]]:
         with duckdb.connect() as tables:
             tables.register("given", images)
             tables.execute("CREATE TABLE images AS FROM given")
-            made = make_plan(tables, tmp_path_factory.mktemp("plan"), parse_policy(policy), size, max_pixels)
+            made = make_plan(tables, tmp_path_factory.mktemp("plan"), parse_policy(policy), size, max_pixels, looks)
         return made, list(shards_of(made))
 
     return make
@@ -108,6 +110,19 @@ def test_a_shard_of_large_images_has_fewer(planned):
         assert sum(pixels[:-1]) < 1.25 * SHARD_PIXELS
     assert len(shards) < 12
     assert len(planned(images_of([(100, 100)] * 600), "exact=2048x2048", 512)[1]) == 5  # the network's work counts too
+
+
+def test_several_looks_are_more_work_and_so_smaller_shards_of_the_same_buckets(planned):
+    images, looks = images_of([(480, 640)] * 1000), Looks(True, (0.75, 1.0, 1.25))
+    (once, _), (more, _) = (planned(images, "short=512", 1000, looks=looks) for looks in (ONE_LOOK, looks))
+    assert looks.work == 6.25
+    assert {shard.bucket for shard in once.shards + more.shards} == {"512x672"}
+    assert once.images == more.images == sum(shard.windows for shard in more.shards) == 1000
+    inputs, decoding = 512 * 672, 480 * 640 // plan.DECODING
+    assert {shard.work // shard.images for shard in once.shards} == {inputs + decoding}
+    assert {shard.work // shard.images for shard in more.shards} == {int(6.25 * inputs) + decoding}
+    assert len(more.shards) > 3 * len(once.shards)
+    assert [bucket.batch for bucket in plan.summarise(more.shards, 10 * inputs, looks)] == [6]  # 10 / 1.25**2
 
 
 def test_shards_are_sized_by_the_collection_in_whole_batches():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.policy import MAX_ASPECT, parse_policy
+from pipeline.policy import MAX_ASPECT, ONE_LOOK, Looks, parse_policy
 
 SIDE = st.integers(1, 40_000)
 
@@ -69,3 +69,14 @@ def test_tiny_and_nearly_square_images_have_a_bucket(size, text):
 def test_a_policy_that_cannot_be_is_refused(text):
     with pytest.raises(ValueError, match=r"expected|multiple"):
         parse_policy(text)
+
+
+@given(SIDE, SIDE, st.sampled_from(["short=512", "exact=64x96", "native"]), st.floats(0.5, 2))
+def test_looks_are_of_whole_steps_about_as_large_as_asked_and_one_is_the_bucket(height, width, text, scale):
+    bucket = parse_policy(text).size(height, width)
+    assert ONE_LOOK.sizes(*bucket) == [bucket]
+    found, looks = Looks(scales=(scale, 2.0)).sizes(*bucket), Looks(True, (scale, 2.0))
+    assert all(side % 32 == 0 for side in found[0])
+    assert all(abs(side - scale * base) <= 16 for side, base in zip(found[0], bucket, strict=True))
+    assert found[1] == looks.largest(*bucket) == tuple(2 * side for side in bucket)
+    assert (looks.count, looks.work) == (4, 2 * (scale**2 + 4))

@@ -13,6 +13,7 @@ from model.labels import label_set
 from model.segformer import Segformer, variant
 from pipeline.commit import Run, choose, unfinished
 from pipeline.config import ConfigurationError, RetrySettings, SegmentSettings, StorageSettings, VerifySettings
+from pipeline.policy import ONE_LOOK, Looks
 from pipeline.retry import plan_again, retry, settings_of
 from pipeline.run import segment
 from pipeline.storage import Store
@@ -93,6 +94,19 @@ def test_what_is_unreadable_is_tried_again_when_asked(output):
         names = {uri.rpartition("/")[2] for (uri,) in space.tables.execute("SELECT uri FROM images").fetchall()}
     assert plan.images == 4
     assert names == {"image-04.jpg", "empty.jpg", "text.jpg", "truncated.jpg"}
+
+
+def test_a_retry_looks_as_often_as_the_run_did(output):
+    run = choose(f"{output}/runs/first", StorageSettings())
+    record, settings = run.record(), RetrySettings(run=f"{output}/runs/first")
+    before = settings_of(run, record, settings)
+    assert before.looks == ONE_LOOK
+    asked = SegmentSettings(**before.model_dump() | {"flip": True, "scales": "0.5,1,1.5"})
+    found = settings_of(
+        run, json.loads(json.dumps(record | {"settings": asked.mask_settings() | {"batch_pixels": 9}})), settings
+    )
+    assert found.looks == asked.looks == Looks(True, (0.5, 1.0, 1.5))
+    assert found.mask_settings() == asked.mask_settings()
 
 
 def test_a_retry_that_could_not_be_right_is_refused(output, tmp_path):

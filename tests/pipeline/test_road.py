@@ -21,10 +21,12 @@ from model.segmentation import Segmentation
 from model.windows import Tiling
 from pipeline.config import SegmentSettings
 from pipeline.containers import Images
+from pipeline.decode import Decoded, decode, resize
 from pipeline.masks import decode_mask
 from pipeline.plan import PlannedImage
+from pipeline.policy import parse_policy
 from pipeline.reader import Reader
-from pipeline.road import Road
+from pipeline.road import Road, network_input
 from pipeline.schema import Outcome
 from pipeline.storage import Store
 from tests.conftest import NAMES, draw_image
@@ -185,9 +187,10 @@ class SmallDevice(Brightness):
         return super().__call__(images, sizes)
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_what_fits_is_remembered(tmp_path):
+@pytest.mark.parametrize("scales", ["1", "0.5,1"])
+def test_a_batch_that_does_not_fit_is_halved_and_what_fits_is_remembered(tmp_path, scales):
     images, wide = draw(tmp_path, 40), draw(tmp_path, 4, 128, 64)
-    settings = config(tmp_path)
+    settings = config(tmp_path, scales=scales)
     results = {}
     for most in (3, 8):
         device = SmallDevice(most)
@@ -228,16 +231,16 @@ def test_windows_that_do_not_fit_are_fewer_at_a_time_and_the_masks_the_same(tmp_
     """A panorama of many windows, images that share a batch, and one that no device is large enough for."""
     monkeypatch.setattr("pipeline.road.PAUSES", (0.01,))
     images = draw(tmp_path, 1, 150, 200) + draw(tmp_path, 5, 64, 50) + draw(tmp_path, 1, 150, 100)
-    settings = config(tmp_path, policy="native=64+32", batch_pixels=64 * 64 * 24)
+    settings = config(tmp_path, policy="native=64+32", batch_pixels=64 * 64 * 24, flip=True)
     loaded = load_checkpoint(checkpoint)
     predictor = Predictor(loaded, "cpu", precision="float32")
     predictor.lanes = 1
     through_windows, results = predictor.through_windows, {}
 
-    def small(images: list[np.ndarray], tiling: Tiling, batch: int) -> list[Segmentation]:
+    def small(images: list[np.ndarray], tiling: Tiling, batch: int, flip: bool) -> list[Segmentation]:
         if batch > most or (most == 3 and any(image.shape == (100, 150, 3) for image in images)):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return through_windows(images, tiling, batch)
+        return through_windows(images, tiling, batch, flip)
 
     monkeypatch.setattr(predictor, "through_windows", small)
     for most in (3, 24):
@@ -307,6 +310,48 @@ def test_native_images_keep_their_pixels_and_fill_batches_with_windows(tmp_path,
     assert road.gate.held == 0
 
 
+def test_each_look_is_made_of_the_image_itself_and_a_batch_is_as_large_as_the_largest_allows(tmp_path, checkpoint):
+    images = draw(tmp_path, 5, 150, 100)
+    settings = config(tmp_path, scales="0.5,1,1.5", flip=True, batch_pixels=3 * 96 * 160)
+    loaded = load_checkpoint(checkpoint)
+    predictor = Predictor(loaded, "cpu", precision="float32")
+    asked: list[tuple[int, ...]] = []
+    predictor.is_ready_for = lambda shape: asked.append(shape) or shape[1] != 96  # of a compiled network
+    road = Road(Images(Reader(settings), None), predictor, loaded.labels, settings, 2, 1 << 30)
+    shard = road.send(images)
+    found = [outcome for _, outcome in sorted(shard.outcomes(), key=lambda pair: pair[0])]
+    road.close()
+    assert {outcome.bucket for outcome in found} == {"64x96"}
+    assert sorted(shard.batches) == [2, 3], "of the bucket's size 7 would be a batch"
+    assert {shape[1:] for shape in asked} == {(32, 64, 3), (64, 96, 3), (96, 160, 3)}
+    assert shard.clock.seconds["compile", "busy"] > 0
+    for image, outcome in zip(images, found, strict=True):
+        pixels = np.array(Image.open(image.uri.removeprefix("file://")))
+        views = [resize(pixels, *size)[None] for size in ((32, 64), (64, 96), (96, 160))]
+        (expected,) = predictor.at_scales(views, (64, 96), [(100, 150)], flip=True)
+        assert (decode_mask(outcome.mask) == expected.mask).mean() > 0.999
+        assert outcome.segmentation.confidence == pytest.approx(expected.confidence, abs=1e-5)
+    assert road.load(images[0], 100, 150).waiting > images[0].bytes + 6 * (32 * 64 + 64 * 96 + 96 * 160)
+    assert road.gate.held == 0
+
+
+def test_scaled_decoding_is_enough_for_the_largest_look(tmp_path, monkeypatch):
+    data, decoded = draw_image(tmp_path / "large.jpg", 1200, 800).read_bytes(), []
+
+    def spy(*arguments: object) -> Decoded:
+        decoded.append(decode(*arguments))
+        return decoded[-1]
+
+    monkeypatch.setattr("pipeline.road.decode", spy)
+    policy = parse_policy("short=64")
+    for scales in ("0.5,1", "1,2", "1,6"):
+        found = network_input(data, policy, config(tmp_path, scales=scales, scaled_decoding=True), lambda *size: None)
+        largest = found.pixels[-1].shape
+        assert (found.height, found.width) == (800, 1200)
+        assert all(there >= wanted for there, wanted in zip(decoded[-1].pixels.shape, largest, strict=True))
+    assert [image.pixels.shape[0] for image in decoded] == [100, 200, 400]
+
+
 MIX = [(24, 640, 480, "jpg"), (4, 4032, 3024, "jpg"), (3, 2048, 1536, "png"), (12, 375, 500, "webp")]
 MEASURE = """
 import json, sys
@@ -321,10 +366,10 @@ from pipeline.segment import resident_memory
 from tests.pipeline.test_road import config, draw
 
 folder, checkpoint, memory, shapes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-policy = sys.argv[5]
+options = json.loads(sys.argv[5])
 images = [image for count, width, height, suffix in shapes for image in draw(folder, count, width, height, suffix)]
 torch.set_num_threads(2)
-settings = config(folder, policy=policy)
+settings = config(folder, **options)
 loaded = load_checkpoint(checkpoint)
 road = Road(Images(Reader(settings), None), Predictor(loaded, "cpu"), loaded.labels, settings, 2, memory)
 Path("/proc/self/clear_refs").write_text("5")  # drawing took memory too: the peak counts from here
@@ -336,17 +381,23 @@ print(json.dumps([started, resident_memory("VmHWM"), started + road.bound()]))
 
 
 @pytest.mark.parametrize(
-    ("policy", "memory", "shapes"),
+    ("options", "memory", "shapes"),
     [
-        ("short=512", 256 << 20, [(16, 3840, 2160, "jpg")]),
-        ("short=512", 256 << 20, MIX),
-        ("short=512", 1, [(3, 3840, 2160, "png")]),
-        ("native=1024+256", 256 << 20, [(6, 640, 480, "jpg"), (1, 3840, 2160, "jpg"), (1, 1536, 2048, "png")]),
+        ({"policy": "short=512"}, 256 << 20, [(16, 3840, 2160, "jpg")]),
+        ({"policy": "short=512"}, 256 << 20, MIX),
+        ({"policy": "short=512"}, 1, [(3, 3840, 2160, "png")]),
+        (
+            {"policy": "native=1024+256", "flip": True},
+            256 << 20,
+            [(6, 640, 480, "jpg"), (1, 2500, 1600, "jpg"), (1, 1536, 2048, "png")],
+        ),
+        ({"policy": "short=512", "flip": True, "scales": "0.5,1,1.5"}, 64 << 20, [(6, 1280, 960, "jpg")]),
     ],
-    ids=["4K", "mix", "one at a time", "windows"],
+    ids=["4K", "mix", "one at a time", "windows", "looks"],
 )
-def test_a_worker_stays_within_its_stated_memory(tmp_path, checkpoint, policy, memory, shapes):
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), checkpoint, str(memory), json.dumps(shapes), policy]
+def test_a_worker_stays_within_its_stated_memory(tmp_path, checkpoint, options, memory, shapes):
+    arguments = [str(tmp_path), checkpoint, str(memory), json.dumps(shapes), json.dumps(options)]
+    command = [sys.executable, "-c", MEASURE, *arguments]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
     started, peak, bound = json.loads(done.stdout)

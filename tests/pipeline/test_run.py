@@ -24,8 +24,11 @@ import pytest
 import ray
 from PIL import Image
 
+from model.checkpoint import load_checkpoint
+from model.predictor import Predictor
 from pipeline import schema
 from pipeline.config import ConfigurationError, SegmentSettings
+from pipeline.decode import decode, resize
 from pipeline.masks import decode_mask
 from pipeline.run import IncompleteRunError, segment
 from tests.conftest import NAMES, draw_image, spoil
@@ -202,11 +205,22 @@ def test_a_second_run_does_nothing_twice_and_says_so(collection, checkpoint, tmp
 def test_other_settings_of_the_model_make_another_version(collection, checkpoint, tmp_path):
     output = tmp_path / "out"
     run(collection, output, checkpoint)
-    run(collection, output, checkpoint, policy="exact=64x96")
+    record = run(collection, output, checkpoint, policy="exact=64x96", flip=True, scales="1.5,1").record
     rows = rows_of(output)
     assert len(rows) == 24
     assert len({(row["uri"], row["model_version"]) for row in rows}) == 24
-    assert {row["bucket"] for row in rows if row["run_id"] == max(row["run_id"] for row in rows)} == {"64x96"}
+    assert record["settings"].items() >= {"policy": "exact=64x96", "flip": True, "scales": [1.0, 1.5]}.items()
+    predictor = Predictor(load_checkpoint(checkpoint), "cpu", precision="float32")
+    for row in (row for row in rows if row["run_id"] == record["run_id"]):
+        assert row["bucket"] == "64x96"
+        pixels, size = (
+            decode(Path(row["uri"].removeprefix("file://")).read_bytes(), 10**6).pixels,
+            (row["height"], row["width"]),
+        )
+        views = [resize(pixels, *shape)[None] for shape in ((64, 96), (96, 160))]
+        (expected,) = predictor.at_scales(views, (64, 96), [size], flip=True)
+        assert (decode_mask(row["mask"]) == expected.mask).mean() > 0.99
+        assert row["entropy"] == pytest.approx(expected.entropy, abs=1e-4)
 
 
 def test_a_run_that_was_killed_goes_on_where_it_was(collection, checkpoint, tmp_path):
