@@ -26,9 +26,7 @@ def pair(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 120), st.integers(1, 120), st.integers(0, 99))
 def test_a_crop_has_its_size_and_the_same_generator_gives_the_same_crop(height, width, tall, wide, seed):
     image, truth = pair(height, width)
-    crops = [
-        augment(image, truth, (tall, wide), np.random.default_rng(seed), Augmentation(32), MEAN) for _ in range(2)
-    ]
+    crops = [augment(image, truth, (tall, wide), np.random.default_rng(seed), Augmentation(32), MEAN) for _ in range(2)]
     for pixels, ids in crops:
         assert pixels.shape == (32, 32, 3)
         assert pixels.dtype == np.uint8
@@ -44,7 +42,9 @@ def test_without_scaling_and_colours_a_crop_is_a_part_of_the_image_and_truth_goe
     pixels, ids = augment(image, truth, (80, 70), np.random.default_rng(3), replace(PLAIN, flip=flip), MEAN)
     assert np.array_equal(pixels[..., 0], 40 * ids)
     assert any(
-        np.array_equal(ids[:, :: -1 if flip else 1], truth[y : y + 32, x : x + 32]) for y in range(49) for x in range(39)
+        np.array_equal(ids[:, :: -1 if flip else 1], truth[y : y + 32, x : x + 32])
+        for y in range(49)
+        for x in range(39)
     )
 
 
@@ -73,7 +73,8 @@ def test_a_crop_that_is_almost_all_of_one_class_is_not_taken_where_there_is_anot
     how = replace(PLAIN, most_of_one_class=0.9)
     found = [augment(image, truth, (256, 256), np.random.default_rng(n), how, MEAN)[1] for n in range(100)]
     blind = [augment(image, truth, (256, 256), np.random.default_rng(n), PLAIN, MEAN)[1] for n in range(100)]
-    assert sum(map(lambda ids: is_varied(ids, 0.9), found)) > 3 * sum(map(lambda ids: is_varied(ids, 0.9), blind))
+    chosen, any_of_all = (sum(is_varied(ids, 0.9) for ids in crops) for crops in (found, blind))
+    assert chosen > 3 * any_of_all
 
 
 def test_colours_change_as_brightness_contrast_saturation_and_hue_do():

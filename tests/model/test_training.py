@@ -15,7 +15,18 @@ from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, huggingfac
 from model.labels import label_set
 from model.layouts import HUGGING_FACE_4, NVLABS, OPENMMLAB
 from model.segformer import Segformer, SegformerConfig, variant
-from model.training import Recipe, Training, cross_entropy, ema_at, fresh, parameter_groups, rate_at, with_classes
+from model.training import (
+    LearningForm,
+    Recipe,
+    Training,
+    cross_entropy,
+    ema_at,
+    fresh,
+    parameter_groups,
+    rate_at,
+    with_classes,
+)
+from tests.model.workers import train
 
 LABELS = label_set(["sky", "land", "water"])
 RECIPE = Recipe(steps=20, batch=2, learning_rate=1e-3, warm_up=2)
@@ -108,12 +119,40 @@ def test_averaged_weights_follow_slowly_and_batchnorm_with_them():
             assert torch.allclose(tensor, expected[name], atol=1e-6), name
 
 
+def test_two_workers_learn_from_a_batch_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(train, (2, str(tmp_path)), nprocs=2)
+    threads = torch.get_num_threads()
+    train(0, 1, str(tmp_path))
+    torch.set_num_threads(threads)
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert first["losses"] == second["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    for name, tensor in alone["model"].items():
+        assert torch.equal(first["model"][name], second["model"][name])
+        assert torch.allclose(first["model"][name], tensor, rtol=1e-3, atol=2e-4), name
+
+
 def test_a_network_learns_what_it_is_shown():
     one = training(Recipe(steps=30, batch=2, learning_rate=1e-3))
     images, _ = batch(0)
     truths = (images[..., 0] > 127).short()
     losses = [one.learn(images, truths) for _ in range(12)]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_form_that_learns_is_the_same_function_with_the_same_gradients():
+    model = fresh("b0", LABELS, 4).model.train()
+    images = torch.randn(2, 3, 70, 93)
+    slope = torch.randn(2, 3, 18, 24)
+    found = []
+    for form in (model, LearningForm(model)):
+        model.zero_grad()
+        logits = form(images)
+        (logits * slope).sum().backward()
+        found.append((logits.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-4)
+    greatest = max(float(one.abs().max()) for one in found[0][1])
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * greatest)
 
 
 def test_a_new_head_keeps_the_rows_of_classes_with_the_same_name():
