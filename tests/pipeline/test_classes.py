@@ -1,7 +1,6 @@
 """Which classes there are is said by somebody, in one of several ways, and weights are theirs."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,14 +59,14 @@ def test_whoever_says_most_plainly_which_classes_there_are_is_believed(tmp_path)
     assert names() == ("within",)
     assert names(str(tmp_path / "named.txt")) == ("a", "b")
     assert names("checkpoint") == ("sky", "car")
-    with pytest.raises(ConfigurationError, match="labels: .*absent.*cannot be read"):
+    with pytest.raises(ConfigurationError, match=r"labels: .*absent.*cannot be read"):
         names(str(tmp_path / "absent"))
 
 
 def test_weights_are_none_balanced_from_a_file_or_one_by_one(tmp_path):
     pixels = np.array([900, 100, 0])
     assert class_weights((), LABELS, pixels) == (1, 1, 1)
-    sky, land, sea = class_weights(("balanced",), LABELS, pixels)
+    sky, land, _ = class_weights(("balanced",), LABELS, pixels)
     assert land / sky == pytest.approx(3)
     assert 0.9 * sky + 0.1 * land == pytest.approx(1)
     assert class_weights(("balanced", "none", "land=2.5", "sea = water=0"), LABELS, pixels) == (1, 2.5, 0)

@@ -33,7 +33,7 @@ from pipeline.wire import Report
 ROOT = Path(__file__).parent.parent.parent
 NAMES = ["sky", "land", "water"]
 PALETTE = [10, 20, 30, 200, 100, 50, 0, 0, 255]
-QUICK = {"steps": 20, "batch": 2, "crop": 64, "val_every": 5, "policy": "short=64", "precision": "float32"}
+QUICK = {"steps": 40, "batch": 2, "crop": 64, "val_every": 10, "policy": "short=64", "precision": "float32"}
 
 
 class Listening:
@@ -149,9 +149,11 @@ def test_a_command_that_is_killed_and_stopped_ends_with_the_weights_of_an_unbrok
     arguments = [sys.executable, "-m", "jobs", "finetune", *map(str, places), "--checkpoint", checkpoint, *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     out = Store(str(tmp_path / "out"), command(data, tmp_path / "out", checkpoint))
-    for after, number, code in ((1, signal.SIGKILL, -9), (3, signal.SIGTERM, 143)):
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
         process = subprocess.Popen([*arguments, "--save-every", "0"], env=environment, cwd=tmp_path)
-        while process.poll() is None and not (states(out) and states(out)[-1] >= after):
+        time.sleep(5)  # a worker may outlive its driver for some seconds, but for less than Ray takes to start
+        before = states(out)[-1:]
+        while process.poll() is None and states(out)[-1:] == before:
             time.sleep(0.02)
         process.send_signal(number)
         assert process.wait() == code
@@ -161,12 +163,12 @@ def test_a_command_that_is_killed_and_stopped_ends_with_the_weights_of_an_unbrok
     assert out.read("model.safetensors") == unbroken.read("model.safetensors")
     timeless = [[{**row, "seconds": ""} for row in log(one)] for one in (out, unbroken)]
     assert timeless[0] == timeless[1]
-    assert [row["step"] for row in timeless[0]] == ["5", "10", "15", "20"]
+    assert [row["step"] for row in timeless[0]] == ["10", "20", "30", "40"]
 
 
 def test_a_training_that_stops_after_any_step_goes_on_as_if_it_had_not(tmp_path, data, checkpoint, unbroken):
     settings = command(data, tmp_path / "out", checkpoint)
-    for step in (2, 5, 11, None):
+    for step in (2, 10, 21, None):
         out = teach_here(settings, step)
     assert same(out, unbroken)
     assert len(states(out)) == 2
@@ -180,7 +182,7 @@ def test_the_result_is_what_segment_and_others_load(unbroken, data):
     assert Predictor(found)(image, [(32, 32)])[0].mask.shape == (32, 32)
     result = out_result(unbroken)
     assert result
-    assert result["best"]["step"] in (5, 10, 15, 20)
+    assert result["best"]["step"] in (10, 20, 30, 40)
     assert result["best"]["class_iou"].keys() == set(NAMES)
     scores = {row["step"]: float(row["mean_iou"]) for row in log(unbroken) if row["mean_iou"]}
     assert result["best"]["mean_iou"] == max(scores.values())
@@ -195,7 +197,7 @@ def test_a_finished_training_is_left_as_it_is(copied, data, checkpoint):
 
 
 def test_another_command_is_refused_with_all_that_differs(copied, data, checkpoint):
-    with pytest.raises(ConfigurationError, match=r"steps was 20, is 7; seed was 0, is 3.*--overwrite"):
+    with pytest.raises(ConfigurationError, match=r"steps was 40, is 7; seed was 0, is 3.*--overwrite"):
         finetune(command(data, copied, checkpoint, steps=7, seed=3), Listening())
     more = copied.parent / "more"
     shutil.copytree(data, more)
@@ -276,7 +278,7 @@ def test_nothing_to_learn_from_is_said_before_any_work(tmp_path, data, checkpoin
     for path in (tmp_path / "data/masks").rglob("*.png"):
         path.write_bytes(b"")
     settings = command(tmp_path / "data", tmp_path / "out", checkpoint)
-    with pytest.raises(ConfigurationError, match="no image can be learned from.*empty"):
+    with pytest.raises(ConfigurationError, match=r"no image can be learned from.*empty"):
         finetune(settings, Listening())
     assert read_course(Store(settings.out, settings)) is None
 
