@@ -55,15 +55,14 @@ def augment(
     part, shown = choose_part(truth, size, scale, rng, how)
     pixels = scaled(image[part], *shown)
     ids = nearest(truth[part], *shown)
-    if rng.random() < how.flip:
-        pixels, ids = pixels[:, ::-1], ids[:, ::-1]
+    turn = slice(None, None, -1 if rng.random() < how.flip else 1)
     if how.colour:
         pixels = recoloured(pixels, *colour_change(rng, how))
     crop = np.empty((how.crop, how.crop, 3), np.uint8)
     crop[:] = mean
-    crop[: shown[0], : shown[1]] = pixels
+    crop[: shown[0], : shown[1]] = pixels[:, turn]
     wanted = np.full((how.crop, how.crop), IGNORED, np.int16)
-    wanted[: shown[0], : shown[1]] = ids
+    wanted[: shown[0], : shown[1]] = ids[:, turn]
     return crop, wanted
 
 
@@ -95,7 +94,7 @@ def scaled(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 (H, W, 3) to uint8 (height, width, 3), antialiased bilinear as in inference."""
     if image.shape[:2] == (height, width):
         return image
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # a copy, as a part is no tensor
     found = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
     return found[0].permute(1, 2, 0).numpy()
 
@@ -130,6 +129,6 @@ def colour_change(rng: np.random.Generator, how: Augmentation) -> tuple[np.ndarr
 
 def recoloured(image: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """uint8 (H, W, 3) after a matrix and an offset, cut to 0 to 255."""
-    samples = torch.from_numpy(np.ascontiguousarray(image)).float().reshape(-1, 3)
+    samples = torch.from_numpy(np.array(image)).float().reshape(-1, 3)
     changed = torch.addmm(torch.from_numpy(offset + np.float32(0.5)), samples, torch.from_numpy(matrix.T.copy()))
     return changed.clamp_(0, 255).to(torch.uint8).reshape(image.shape).numpy()

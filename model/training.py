@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from model.augmentation import IGNORED
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, in_huggingface_terms
 from model.labels import LabelSet
-from model.segformer import Segformer, variant
+from model.segformer import Segformer, resize, to_map, to_tokens, variant
 
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 HEAD_SPREAD = 0.01  # standard deviation of a new head's weights, as in the paper's code
@@ -67,7 +67,8 @@ class Training:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.average = average_of(self.model)
         self.optimiser = torch.optim.AdamW(parameter_groups(self.model, recipe), fused=True)
-        self.network = nn.parallel.DistributedDataParallel(self.model) if self.workers > 1 else self.model
+        form = LearningForm(self.model)
+        self.network = nn.parallel.DistributedDataParallel(form) if self.workers > 1 else form
         self.class_weights = torch.tensor(class_weights, device=device)
         self.mean, self.std = (
             torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (checkpoint.mean, checkpoint.std)
@@ -114,6 +115,35 @@ class Training:
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
+
+
+class LearningForm(nn.Module):
+    """A network as it learns: the same function of the same parameters, by less work.
+
+    From the tokens of a stage to BatchNorm all is linear, and upsampling commutes with what is linear in each pixel. So
+    a stage's projection and its slice of the fuse convolution are multiplied with each other, which is a product of two
+    small matrices, and applied at once at the stage's own resolution. The fuse convolution over four times D channels
+    at a quarter of the image's resolution, half of the work of a B0, is gone, and its gradients are the same.
+    """
+
+    def __init__(self, model: Segformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As that of the network."""
+        decoder, maps = self.model.decoder, self.model.encoder(images)
+        if decoder.projection_relu:
+            return decoder(maps)
+        slices = decoder.fuse.weight.flatten(1).chunk(len(maps), dim=1)[::-1]  # (D, D) each; stage 4 is the first
+        fused: Tensor | None = None
+        for feature_map, projection, piece in zip(maps, decoder.projections, slices, strict=True):
+            with torch.autocast(images.device.type, enabled=False):  # rounded once, as one matrix
+                weight, bias = piece @ projection.weight, piece @ projection.bias
+            tokens = F.linear(to_tokens(feature_map), weight, bias)
+            part = to_map(tokens, *feature_map.shape[2:])
+            fused = part if fused is None else fused + resize(part, *fused.shape[2:])
+        return decoder.classifier(F.relu(decoder.norm(fused)))
 
 
 def with_classes(checkpoint: Checkpoint, labels: LabelSet, seed: int) -> Checkpoint:

@@ -102,7 +102,9 @@ def read_labels(data: bytes, source: str) -> Classes:
             named = {int(one["id"]): str(one["name"]) for one in found}
             colours = {int(one["id"]): tuple(map(int, one["color"])) for one in found if one.get("color")}  # type: ignore[misc]
         else:
-            lines = [str(one).strip() for one in found]
+            if not all(isinstance(one, str) for one in found):
+                raise TypeError
+            lines = [one.strip() for one in found]
             while lines and not lines[-1]:
                 lines.pop()
             named = dict(enumerate(lines))

@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -176,6 +177,8 @@ def newest_state(out: Store, course: Course) -> dict[str, Any] | None:
     for step in reversed(states(out)):
         data = out.read(state_name(step))
         try:
+            if zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch.load takes a damaged tensor as it is
+                continue
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception:  # noqa: S112  (torch.load documents no set of errors for damaged files)
             continue

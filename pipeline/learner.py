@@ -119,9 +119,8 @@ class Learner:
         is_over = self.is_patient_no_more()
         first = self.training.step
         place = self.place
-        for images, truths in self.crops.steps(
-            first, last if not is_over else first, place.worker, place.workers, place.threads
-        ):
+        end = first if is_over else last
+        for images, truths in self.crops.steps(first, end, place.worker, place.workers, place.threads):
             loss = self.training.learn(images, truths)
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is {loss} in step {self.training.step}")
