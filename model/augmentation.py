@@ -87,7 +87,7 @@ def is_varied(truth: np.ndarray, most: float) -> bool:
     """Whether a part of a truth has at least two classes, and none of them more than this share."""
     seen = truth[::LOOKED_EVERY, ::LOOKED_EVERY].ravel()
     pixels = np.bincount(seen[seen >= 0])
-    return np.count_nonzero(pixels) > 1 and bool(pixels.max() < most * pixels.sum())
+    return bool(np.count_nonzero(pixels) > 1 and pixels.max() < most * pixels.sum())
 
 
 def scaled(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -138,6 +138,7 @@ class LearningForm(nn.Module):
         slices = decoder.fuse.weight.flatten(1).chunk(len(maps), dim=1)[::-1]  # (D, D) each; stage 4 is the first
         fused: Tensor | None = None
         for feature_map, projection, piece in zip(maps, decoder.projections, slices, strict=True):
+            assert isinstance(projection, nn.Linear)
             with torch.autocast(images.device.type, enabled=False):  # rounded once, as one matrix
                 weight, bias = piece @ projection.weight, piece @ projection.bias
             tokens = F.linear(to_tokens(feature_map), weight, bias)

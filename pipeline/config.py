@@ -416,7 +416,7 @@ class StatusSettings(RunArgument, StorageSettings):
     """What `swath status` needs."""
 
     as_json: bool = Field(
-        False,
+        default=False,
         alias="json",  # a name that pydantic's own classes have taken
         description="print one JSON object, for scripts",
         json_schema_extra={"group": "Run", "metavar": None},
@@ -570,7 +570,7 @@ class EvaluateSettings(OutputArgument, ClusterSettings, TruthSettings):
         None, "only rows for which this SQL is true ('width > 640'; columns as in the output)", "Evaluation", "SQL"
     )
     classes: tuple[str, ...] = Field(
-        (),
+        default=(),
         alias="class",
         description="a class to evaluate, whose ids in the truth are 0, 1, ... in this order; repeatable (default: "
         "the network's classes)",
@@ -592,7 +592,7 @@ class EvaluateSettings(OutputArgument, ClusterSettings, TruthSettings):
     )
     overwrite: bool = option(False, "replace an evaluation of that name that is of something else", "Evaluation")
     as_json: bool = Field(
-        False,
+        default=False,
         alias="json",
         description="print one JSON object, for scripts",
         json_schema_extra={"group": "Evaluation", "metavar": None},

@@ -225,7 +225,7 @@ def new_course(
         )
     pixels = checked[0].pixels
     palette = [] if settings.truth_map else checked[0].palette[int(settings.reduce_labels) :]
-    labels = classes.label_set(sum(side.pixels for side in checked), palette)
+    labels = classes.label_set(np.sum([side.pixels for side in checked], axis=0), palette)
     if len(labels) < 2:
         raise ConfigurationError("the masks have one class only, so there is nothing to tell apart; see --labels")
     tell_classes(labels.names, classes.source, pixels, checkpoint, listener)
