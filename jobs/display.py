@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pipeline.names import printable
+
 PLAIN_EVERY = 5.0  # seconds between two lines where there is no terminal
 REASONS_SHOWN = 8
 EXAMPLE = (  # a question that any output answers: the classes, most pixels first
@@ -47,7 +49,7 @@ class Display:
         self.bar.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text))
+        self.console.print(plain(text))
 
     def listing(self, found: int) -> None:
         began, _ = self.first.setdefault("listing", (time.monotonic(), 0))
@@ -101,6 +103,11 @@ class Display:
             self.printed = (now, (work, done))
             left = f"  ETA {clock((total - done) / rate)}" if rate and done < total else ""
             self.say("  ".join(filter(None, [f"{work} {done:,}" + (f"/{total:,}" if total else ""), detail])) + left)
+
+
+def plain(text: str) -> str:
+    """A text that may come from a name, for a console: on one line, and with nothing that it would obey."""
+    return escape(printable(text).replace("\n", "\\n"))
 
 
 def clock(seconds: float) -> str:

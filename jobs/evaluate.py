@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from jobs.display import Display, print_whole
+from jobs.display import Display, plain, print_whole
 from pipeline.config import EvaluateSettings
 
 if TYPE_CHECKING:
@@ -90,18 +90,18 @@ def print_evaluation(console: Console, settings: EvaluateSettings, found: "Evalu
             named = found.left_out.first[kind]
             console.print(f"{what}: {count:,}")
             for line in named:
-                console.print(f"  {shown(line)}")
+                console.print(f"  {plain(line)}")
             if count > len(named):
                 console.print(f"  and {count - len(named):,} more: swath query, evaluations with status '{kind}'")
     if found.left_out.counts:
         console.print()
     versions = ", ".join(record["model_versions"])
     console.print(f"compared {images['compared'] + images['compared_ignored_everywhere']:,} images, ", end="")
-    console.print(f"{record['pixels']:,} pixels  model {shown(versions)}")
+    console.print(f"{record['pixels']:,} pixels  model {plain(versions)}")
     if images["compared_ignored_everywhere"]:
         console.print(f"         {images['compared_ignored_everywhere']:,} of them ignored everywhere")
     if found.skipped:
-        kinds = ", ".join(f"{shown(why)} {count:,}" for why, count in found.skipped.most_common(6))
+        kinds = ", ".join(f"{plain(why)} {count:,}" for why, count in found.skipped.most_common(6))
         console.print(f"skipped  {found.skipped.total():,} files that are no masks: {kinds}")
     console.print()
     console.print(overall_table(record))
@@ -132,16 +132,9 @@ def class_table(record: dict[str, Any]) -> Table:
     for row in record["classes"][:CLASSES_SHOWN]:
         part = row["truth_pixels"] / max(1, record["pixels"])
         shares = [share(row[name]) for name in (*names, "pooled_accuracy", "pooled_precision")]
-        table.add_row(shown(row["name"]), f"{part:.1%}", f"{row['images']:,}", *shares)
+        table.add_row(plain(row["name"]), f"{part:.1%}", f"{row['images']:,}", *shares)
     return table
 
 
 def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def shown(text: str) -> str:
-    """Text that may come from a name, on one line, without what a terminal or rich would obey."""
-    from pipeline.query import printable
-
-    return escape(printable(text).replace("\n", "\\n"))

@@ -33,6 +33,7 @@ from rich.text import Text
 
 from jobs.display import print_whole, size
 from pipeline.config import ConfigurationError, QuerySettings
+from pipeline.names import printable
 
 if TYPE_CHECKING:
     import duckdb
@@ -101,7 +102,7 @@ def print_views(tables: "duckdb.DuckDBPyConnection") -> None:
 
 def print_answer(tables: "duckdb.DuckDBPyConnection", question: "Question") -> None:
     """A question's title, the first rows of its answer, and what it has cost."""
-    from pipeline.query import ask, bytes_read, printable
+    from pipeline.query import ask, bytes_read
 
     console, told = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
     began = time.perf_counter()
@@ -135,8 +136,6 @@ def is_number(kind: "pa.DataType") -> bool:
 
 def cell(value: Any) -> str:
     """A value for a person, on one line."""
-    from pipeline.query import printable
-
     match value:
         case None:
             return ""

@@ -66,3 +66,8 @@ def escaped(letter: str) -> str:
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def printable(text: str) -> str:
+    """`text` with all but line ends spelled out that a terminal would obey: it may come from a name."""
+    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)

@@ -21,6 +21,7 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from pipeline.config import ConfigurationError
+from pipeline.names import printable
 from pipeline.reader import ObjectFile, Reader
 from pipeline.storage import Store
 from pipeline.tables import workspace
@@ -114,11 +115,6 @@ def explained() -> Iterator[None]:
         if isinstance(error, FAILED) or said.startswith(OF_FILES) or "Traceback" in said:
             raise
         raise QueryError(printable(said)) from None
-
-
-def printable(text: str) -> str:
-    """`text` with all but line ends spelled out that a terminal would obey: it may come from a name."""
-    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
 
 
 def bytes_read(tables: duckdb.DuckDBPyConnection) -> int:

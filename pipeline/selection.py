@@ -19,8 +19,8 @@ from pipeline.attempts import reason
 from pipeline.commit import Run, choose, runs
 from pipeline.config import ConfigurationError
 from pipeline.masks import read_palette
-from pipeline.names import common_root
-from pipeline.query import make_views, printable, root
+from pipeline.names import common_root, printable
+from pipeline.query import make_views, root
 from pipeline.storage import Store
 from pipeline.views import in_pattern, sql_text
 
