@@ -38,6 +38,7 @@ CONFIG_KEYS = {  # our name: Hugging Face's
     "kernels": "patch_sizes",
     "strides": "strides",
 }
+UNTAUGHT = label_set(["(untaught)"])  # of a head that has learned nothing
 B0 = SegformerConfig(labels=2, depths=(2, 2, 2, 2), hidden_sizes=(32, 64, 160, 256), decoder_size=256)
 
 
@@ -56,17 +57,21 @@ class Checkpoint:
     digest: str  # SHA-256 of weights, configuration and normalisation: equal digests give equal logits
 
 
-def load_checkpoint(url: str, storage_options: Mapping[str, Any] | None = None) -> Checkpoint:
+def load_checkpoint(
+    url: str, storage_options: Mapping[str, Any] | None = None, decoder_seed: int | None = None
+) -> Checkpoint:
     """Read the checkpoint at `url`: a Hugging Face folder, or one weight file, at any URL that fsspec knows.
 
     Raises `CheckpointError`. Label names and normalisation come from `config.json` and `preprocessor_config.json`
     beside the weights, or from the metadata of an OpenMMLab file; without them, "class 0" and so on, and ImageNet's.
+    An encoder alone, as those that were trained on ImageNet come, is refused unless there is a `decoder_seed`: with one
+    it has a random decoder, which is a function of the seed, and the classes `UNTAUGHT`.
     """
     files = find_files(url, storage_options or {})
     state, metadata = read_tensors(files)
     settings, preprocessing = files.read_json("config.json"), files.read_json("preprocessor_config.json")
     try:
-        return assemble(files.shown, state, metadata, settings, preprocessing)
+        return assemble(files.shown, state, metadata, settings, preprocessing, decoder_seed)
     except CheckpointError:
         raise
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as error:
@@ -80,20 +85,51 @@ def assemble(
     metadata: Mapping[str, Any],
     settings: Mapping[str, Any],
     preprocessing: Mapping[str, Any],
+    decoder_seed: int | None,
 ) -> Checkpoint:
     """The network from the tensors of a file, and what lay beside it."""
+    state = with_backbone(state)
     layout = recognise(state, url)
+    is_whole = has_decoder(state, layout)
     if layout is OPENMMLAB:
         state = fold_openmmlab_decoder(state)
     config = read_config(settings, layout, url) if settings else infer_config(state, layout, url)
-    model = Segformer(config)
-    fill(model, state, layout, url)
-    labels = read_labels(settings, metadata, config.labels)
+    if is_whole:
+        model = Segformer(config)
+        fill(model, state, layout, url)
+        labels = read_labels(settings, metadata, config.labels)
+    elif decoder_seed is None:
+        raise CheckpointError(f"{url}: an encoder alone, which knows no classes yet; `swath finetune` teaches it yours")
+    else:
+        labels = UNTAUGHT
+        model = random_network(replace(config, labels=len(labels), projection_relu=False), decoder_seed)
+        fill(model, state, layout, url, "encoder.")
     mean = tuple(map(float, preprocessing.get("image_mean") or IMAGENET_MEAN))
     std = tuple(map(float, preprocessing.get("image_std") or IMAGENET_STD))
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise CheckpointError(f"{url}: preprocessor_config.json gives mean {mean} and std {std}, not three of each")
     return Checkpoint(model.eval(), labels, mean, std, digest_of(model, mean, std))
+
+
+def with_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of a whole checkpoint: files of an encoder alone do not say that it is the backbone."""
+    renamed = {f"backbone.{key}": tensor for key, tensor in state.items()}
+    is_bare = any(layout.has(key) for layout in LAYOUTS for key in renamed)
+    return renamed if is_bare else state
+
+
+def has_decoder(state: Mapping[str, Tensor], layout: Layout) -> bool:
+    """Whether a checkpoint has any part of a decoder, so that what it lacks of one is missing."""
+    keys = (name if isinstance(name, str) else name[0] for ours, name in layout.names.items() if "decoder" in ours)
+    beginnings = {key.partition(".")[0] for key in keys}
+    return any(key.partition(".")[0] in beginnings for key in state)
+
+
+def random_network(config: SegformerConfig, seed: int) -> Segformer:
+    """A network of random weights, which are a function of `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Segformer(config)
 
 
 def save_huggingface(model: Segformer, labels: LabelSet, folder: str, dtype: torch.dtype = torch.float32) -> None:
@@ -283,11 +319,15 @@ def infer_config(state: Mapping[str, Tensor], layout: Layout, url: str) -> Segfo
     hidden_sizes = tuple(size[0] for size in embeddings)
     expansions = [shape(f"encoder.stages.{i}.blocks.0.ffn.expand.weight")[0] for i in stages]
     reducers = [layout.source(f"encoder.stages.{i}.blocks.0.attention.reduce.conv.weight").key for i in stages]
+    if has_decoder(state, layout):
+        labels, decoder_size = shape("decoder.classifier.weight")[0], shape("decoder.fuse.weight")[0]
+    else:  # the one that its variant has
+        labels, decoder_size = len(UNTAUGHT), next(size for *known, size in VARIANTS.values() if known[0] == depths)
     return SegformerConfig(
-        labels=shape("decoder.classifier.weight")[0],
+        labels=labels,
         depths=depths,
         hidden_sizes=hidden_sizes,
-        decoder_size=shape("decoder.fuse.weight")[0],
+        decoder_size=decoder_size,
         reductions=tuple(int(state[key].shape[-1]) if key in state else 1 for key in reducers),
         mlp_ratios=tuple(wide // size for wide, size in zip(expansions, hidden_sizes, strict=True)),
         kernels=tuple(size[-1] for size in embeddings),
@@ -321,11 +361,13 @@ def fold_openmmlab_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return folded
 
 
-def fill(model: Segformer, state: Mapping[str, Tensor], layout: Layout, url: str) -> None:
-    """Copy every tensor into its place, or raise naming each that is missing or of another shape."""
+def fill(model: Segformer, state: Mapping[str, Tensor], layout: Layout, url: str, part: str = "") -> None:
+    """Copy every tensor into its place, of those whose names begin with `part`, or raise naming each that is missing or
+    of another shape.
+    """
     missing, odd, filled, used = [], [], {}, set()
     for ours, parameter in model.state_dict().items():
-        if ours.endswith("num_batches_tracked"):  # a counter of training, which some exporters leave out
+        if not ours.startswith(part) or ours.endswith("num_batches_tracked"):  # a counter that some exporters leave out
             continue
         source = layout.source(ours)
         if source.key not in state:

@@ -209,14 +209,17 @@ def check_engine(settings: SegmentSettings, checkpoint: Checkpoint) -> None:
             raise ConfigurationError(str(error)) from None
 
 
-def read_checkpoint(settings: PlanSettings | FinetuneSettings) -> Checkpoint:
-    """The network. What comes over plain HTTP may come damaged: it is read until two readings agree, or fail, alike."""
+def read_checkpoint(settings: PlanSettings | FinetuneSettings, decoder_seed: int | None = None) -> Checkpoint:
+    """The network. What comes over plain HTTP may come damaged: it is read until two readings agree, or fail, alike.
+
+    With a `decoder_seed` it may be an encoder alone, as in `load_checkpoint`.
+    """
 
     def read() -> Checkpoint | CheckpointError:
         try:
             # not the file system of others, which does not try again by itself
             options = storage_options(settings.checkpoint, settings) | {"skip_instance_cache": True}
-            return load_checkpoint(settings.checkpoint, options)
+            return load_checkpoint(settings.checkpoint, options, decoder_seed)
         except CheckpointError as error:
             return error
 
