@@ -7,21 +7,21 @@ left out and why, and the state from which the same command goes on when it was 
 
   swath finetune photos masks model --checkpoint hf://nvidia/segformer-b0-finetuned-ade-512-512
   swath finetune s3://bucket/photos s3://bucket/masks s3://bucket/models/mine --checkpoint s3://bucket/models/b2
-  swath finetune photos masks model --checkpoint mit_b2.pth --labels names.txt --class-weights balanced
+  swath finetune photos masks model --checkpoint hf://nvidia/mit-b2 --labels names.txt --class-weights balanced
   swath finetune photos masks model --checkpoint new:b5 --crop 512 --batch 16 --steps 160000
 """
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from jobs.display import Display, clock
+from jobs.display import Display, clock, plain
 from pipeline.config import FinetuneSettings
 
 SETTINGS = FinetuneSettings
 
 
 def run(settings: FinetuneSettings) -> int:
+    from pipeline.filesystems import public_url
     from pipeline.finetune import finetune
 
     with Display() as display:
@@ -32,7 +32,7 @@ def run(settings: FinetuneSettings) -> int:
         table = Table("class", "IoU", box=None, header_style="bold", pad_edge=False)
         table.columns[1].justify = "right"
         for name, iou in best["class_iou"].items():
-            table.add_row(escape(name), "" if iou is None else f"{iou:.3f}")
+            table.add_row(plain(name), "" if iou is None else f"{iou:.3f}")
         console.print(table)
         console.print()
     early = ", as nothing got better any more" if result["stopped_early"] else ""
@@ -43,5 +43,5 @@ def run(settings: FinetuneSettings) -> int:
             f"best     step {best['step']:,}: mean IoU {best['mean_iou']:.3f}, accuracy {best['accuracy']:.3f}, on "
             f"{result['validation']:,} images that were not learned from"
         )
-    console.print(f"network  {escape(settings.out)}")
+    console.print(f"network  {plain(public_url(settings.out))}")
     return 0

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-IGNORED = -1  # in a truth: the pixel counts for nothing
+from model.scores import IGNORED
+
 TRIES = 10  # at a crop that is not almost all of one class
 LOOKED_EVERY = 4  # pixels, when the classes of a crop are counted
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of RGB (ITU-R BT.601)
@@ -46,7 +47,7 @@ def augment(
     how: Augmentation,
     mean: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A crop, uint8 (crop, crop, 3) RGB, of an image uint8 (H, W, 3), and int16 (crop, crop) of its truth (H, W).
+    """A crop, uint8 (crop, crop, 3) RGB, of an image uint8 (H, W, 3), and (crop, crop) of its truth, signed (H, W).
 
     `size` is the (height, width) at which the network would see the whole image. Where the scaled image is smaller than
     the crop, the rest is `mean` (RGB, 0 to 255) in the image and IGNORED in the truth.
@@ -61,7 +62,7 @@ def augment(
     crop = np.empty((how.crop, how.crop, 3), np.uint8)
     crop[:] = mean
     crop[: shown[0], : shown[1]] = pixels[:, turn]
-    wanted = np.full((how.crop, how.crop), IGNORED, np.int16)
+    wanted = np.full((how.crop, how.crop), IGNORED, truth.dtype)
     wanted[: shown[0], : shown[1]] = ids[:, turn]
     return crop, wanted
 

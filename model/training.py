@@ -2,11 +2,13 @@
 
 The recipe is the paper's (section 4.1, and its code): AdamW with a weight decay of 0.01 but none on norms, the decoder
 at ten times the encoder's learning rate, a linear warm-up and then a polynomial decay to nothing, cross entropy of the
-logits upsampled to the crop. Around it stand an exponential average of the weights, which is what is validated and
+logits upsampled to the crop. It leaves out what drops at random, paths in the encoder and channels before the head.
+Around it stand an exponential average of the weights, which is what is validated and
 saved, and a bound on the gradient's norm, without which a short warm-up at a high rate may diverge.
 
 No random state is carried from step to step, so a training that is cut off after any step goes on from `state` as if
-nothing had happened: bit for bit with the same number of threads on the same machine.
+nothing had happened: on CPUs bit for bit, with the same number of threads on the same machine; on GPUs as far as their
+kernels add in the same order.
 """
 
 from collections.abc import Mapping
@@ -18,9 +20,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from model.augmentation import IGNORED
-from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, in_huggingface_terms
+from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, in_huggingface_terms, random_network
 from model.labels import LabelSet
+from model.scores import IGNORED
 from model.segformer import Segformer, resize, to_map, to_tokens, variant
 
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
@@ -100,6 +102,12 @@ class Training:
             distributed.all_reduce(loss)
         return float(loss)
 
+    def agree(self) -> None:
+        """Give every worker the first one's averaged statistics of BatchNorm, which on CPUs are each worker's own."""
+        if self.workers > 1:
+            for buffer in self.average.buffers():
+                distributed.broadcast(buffer, 0)
+
     def state(self) -> dict[str, Any]:
         """All that the next step depends on: tensors, numbers and text, which `torch.load` reads as weights only."""
         return {
@@ -170,10 +178,7 @@ def with_classes(checkpoint: Checkpoint, labels: LabelSet, seed: int) -> Checkpo
 
 def fresh(name: str, labels: LabelSet, seed: int) -> Checkpoint:
     """A network of random weights, which are a function of `seed`; KeyError for another name than "b0" to "b5"."""
-    config = variant(name, len(labels))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Segformer(config)
+    model = random_network(variant(name, len(labels)), seed)
     return Checkpoint(model.eval(), labels, IMAGENET_MEAN, IMAGENET_STD, f"new:{name}")
 
 

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from pipeline.storage import Store
 BESIDE = ("labels.json", "id2label.json")  # looked for in the folder of the masks, and in the one above
 OF_CHECKPOINT = "checkpoint"  # as labels: the classes that the network has already
 MOST = 1 << 16  # classes, while nobody has said how many there are
+MOST_UNNAMED = 1000  # more are not believed: a greater id is more likely a mark of what is to be ignored
 NAMED = 5  # in a message
+PLAIN_WEIGHTS = NONE, BALANCED = ("none", "balanced")
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,25 @@ class Classes:
     names: tuple[str, ...] = ()
     palette: tuple[Colour, ...] = ()
     source: str = "the ids in the masks"  # for people
+    least: int = 0  # how many there are at least, without names
 
     def for_rules(self) -> Sequence[str]:
         return self.names or [str(one) for one in range(MOST)]
 
     def label_set(self, pixels: np.ndarray, palette: list[Colour]) -> LabelSet:
-        """Names and colours, once it is known how many pixels each has and which palette the masks have."""
-        names = self.names or tuple(f"class {one}" for one in range(int(np.flatnonzero(pixels).max()) + 1))
+        """Names and colours, once it is known how many pixels each has and which palette the masks have.
+
+        Raises `ConfigurationError` where there are too few or, without names, too many to be meant.
+        """
+        count = len(self.names) or max(self.least, int(np.flatnonzero(pixels).max()) + 1)
+        if count < 2:
+            raise ConfigurationError("the masks have one class only, so there is nothing to tell apart; see --labels")
+        if not self.names and count > MOST_UNNAMED:
+            raise ConfigurationError(
+                f"masks: the greatest id is {count - 1:,}, and nobody says that there are so many classes; leave it "
+                f"out with --ignore-id {count - 1}, or name the classes with --labels"
+            )
+        names = self.names or tuple(f"class {one}" for one in range(count))
         colours = list(self.palette or palette[: len(names)])
         return label_set(list(names), colours if len(colours) == len(names) else None)
 
@@ -68,14 +83,16 @@ def find_classes(
     names = tuple(dict.fromkeys(text for text in truth_map.values() if text != "ignore"))
     if names and not all(name.isdigit() for name in names):
         return Classes(names, (), "the truth map")
-    return Classes()
+    return Classes(least=max(map(int, names), default=-1) + 1)
 
 
 def beside(masks: str) -> list[str]:
     """The folder in which masks lie, and the one above."""
     root = root_of(masks).rstrip("/")
     folder = root if is_glob(masks) or not root.lower().endswith((*SUFFIXES, ".parquet", ".tar")) else parent(root)
-    return [folder, parent(folder)] if parent(folder).strip("/:") else [folder]
+    above = parent(folder)
+    is_place = above.strip("/") and not above.rstrip("/").endswith(":")
+    return [folder, above] if is_place else [folder]
 
 
 def parent(url: str) -> str:
@@ -127,9 +144,9 @@ def class_weights(given: Sequence[str], labels: LabelSet, pixels: np.ndarray) ->
     weights = np.ones(len(labels))
     for one in given:
         name, is_pair, text = one.rpartition("=")
-        if one == "none":
+        if one == NONE:
             weights[:] = 1
-        elif one == "balanced":
+        elif one == BALANCED:
             share = pixels[: len(labels)] / pixels.sum()
             weights = np.where(share > 0, 1 / np.sqrt(np.where(share > 0, share, 1)), 1)
             weights = weights / (weights * share).sum()
@@ -138,7 +155,15 @@ def class_weights(given: Sequence[str], labels: LabelSet, pixels: np.ndarray) ->
         else:
             for key, value in read_weights(one, labels).items():
                 set_weight(weights, labels, key, value)
+    if not weights[: len(pixels)][pixels[: len(labels)] > 0].any():
+        raise ConfigurationError("class_weights: every class that the masks have counts 0; one of them must count")
     return tuple(weights.astype(float).tolist())
+
+
+def read_weight_files(given: Sequence[str]) -> bytes:
+    """All that the files have which are named among weights, one after the other."""
+    paths = (Path(one) for one in given if one not in PLAIN_WEIGHTS and "=" not in one)
+    return b"".join(path.read_bytes() for path in paths if path.is_file())
 
 
 def read_weights(path: str, labels: LabelSet) -> dict[str, Any]:

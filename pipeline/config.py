@@ -517,7 +517,7 @@ class TruthSettings(BaseModel):
     )
     ignore_id: tuple[int, ...] = option(
         (),
-        "id in the masks whose pixels count nowhere; repeatable (default: 255, unless a class has it)",
+        "id in the masks whose pixels count nowhere; repeatable (default: 255, unless there is a class of that id)",
         "Ground truth",
         "N",
     )
@@ -627,7 +627,8 @@ class FinetuneSettings(TruthSettings, ClusterSettings):
     out: str = Field(description="where the network goes, in Hugging Face's layout: any fsspec URL")
     checkpoint: str = option(
         ...,
-        "the weights to begin with: whatever segment takes, or new:b0 to new:b5 for random ones",
+        "the weights to begin with: whatever segment takes, an encoder alone such as those of ImageNet, or new:b0 to "
+        "new:b5 for random ones",
         "Model",
         "URL",
     )
@@ -708,7 +709,8 @@ class FinetuneSettings(TruthSettings, ClusterSettings):
     )
     workers: str = option(
         "auto",
-        "how many workers share each batch: N, or auto, one a GPU where there are any, else one with all CPUs",
+        "how many workers share each batch: N, or auto, one a GPU where there are any, else one with all CPUs (with "
+        "small crops one a CPU may be faster)",
         "Workers",
         "N",
     )

@@ -114,9 +114,9 @@ def read_course(out: Store) -> Course | None:
 def check_same(out: Store, course: Course, command: Mapping[str, Any]) -> None:
     """Raise `ConfigurationError`, with all that differs, where a course is not that of a command."""
     differing = [
-        f"{name.replace('_', '-')} was {shown(course.command.get(name))}, is {shown(value)}"
-        for name, value in command.items()
-        if course.command.get(name) != value
+        f"{name.replace('_', '-')} was {shown(course.command.get(name))}, is {shown(command.get(name))}"
+        for name in {**course.command, **command}
+        if course.command.get(name) != command.get(name)
     ]
     if differing:
         raise ConfigurationError(
@@ -141,12 +141,27 @@ def begin(out: Store, course: Course, tables: Mapping[str, pa.Table], left_out: 
 
 
 def clear(out: Store) -> None:
-    """Remove a training; `course.json` first, so that what is left is none; the weights before what describes them."""
-    out.delete(COURSE)
-    for name in [f"{FOLDER}/{name}" for name in out.names(FOLDER)]:
-        out.delete(name)
+    """Remove a training, or what is left of one; `course.json` first, so that the rest is none, and the weights before
+    what describes them. What else there is in its folders is somebody's own.
+    """
+    there = set(out.names(FOLDER))
+    for name in (COURSE, RESULT, LOG, EXAMPLES, VALIDATION, LEFT_OUT, *map(state_name, states(out))):
+        if name.removeprefix(f"{FOLDER}/") in there:
+            out.delete(name)
     for name in MODEL:
-        out.delete(name)
+        if name in out.names(""):
+            out.delete(name)
+
+
+def read_result(out: Store) -> dict[str, Any] | None:
+    """The result of the training in `out`; None while it has none. Raises `ConfigurationError` for a damaged one."""
+    try:
+        found: dict[str, Any] = json.loads(out.read(RESULT))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise ConfigurationError(f"{out.uri(RESULT)}: damaged; delete it, and run the same command again") from None
+    return found
 
 
 def read_table(out: Store, name: str) -> pa.Table:
@@ -173,17 +188,29 @@ def put_state(out: Store, step: int, state: Mapping[str, Any]) -> None:
 
 
 def newest_state(out: Store, course: Course) -> dict[str, Any] | None:
-    """The newest state of a course that can be read; None where there is none."""
-    for step in reversed(states(out)):
-        data = out.read(state_name(step))
+    """The newest state of a course that is whole; None where there is none yet.
+
+    Raises `ConfigurationError` where there are some and all are damaged: to begin anew is not what anybody asked for.
+    """
+    there = states(out)
+    for step in reversed(there):
+        data = io.BytesIO(out.read(state_name(step)))
         try:
-            if zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch.load takes a damaged tensor as it is
+            if zipfile.ZipFile(data).testzip():  # torch.load takes a damaged tensor as it is
                 continue
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            data.seek(0)
+            found = torch.load(data, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
         except Exception:  # noqa: S112  (torch.load documents no set of errors for damaged files)
             continue
         if found.get("course") == course.digest():
             return found
+    if there:
+        raise ConfigurationError(
+            f"{out.uri(FOLDER)}: no state of this training is whole ({', '.join(map(state_name, there))}); "
+            "--overwrite begins anew"
+        )
     return None
 
 

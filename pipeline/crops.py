@@ -21,7 +21,8 @@ from model.predictor import use_threads
 from pipeline.ahead import ahead
 from pipeline.config import StorageSettings
 from pipeline.decode import decode
-from pipeline.examples import place
+from pipeline.examples import LOST, UNUSABLE, place
+from pipeline.filesystems import public_url
 from pipeline.pairs import Masks
 from pipeline.policy import Policy
 from pipeline.reader import Reader
@@ -29,6 +30,10 @@ from pipeline.truth import Rules, read_truth
 
 STEPS_AHEAD = 2
 ORDER, CROP = 1, 2  # what a random generator is for, besides the seed
+
+
+class LostExampleError(Exception):
+    """An image or a mask is not any more what it was when it was looked through."""
 
 
 class Examples:
@@ -46,12 +51,23 @@ class Examples:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (H, W, 3) RGB, and class ids or IGNORED (H, W), int16 unless there are more classes than that has."""
+        """uint8 (H, W, 3) RGB, and class ids or IGNORED (H, W), int16 unless there are more classes than that has.
+
+        Raises `LostExampleError`, and what a store that fails raises.
+        """
         if index in self.kept:
             return self.kept[index]
         row: dict[str, Any] = self.rows.slice(index, 1).to_pylist()[0]
-        image = decode(self.source.fetch(place(row, "image")), self.max_pixels)
-        truth = read_truth(self.source.fetch(place(row, "mask")), self.rules, (image.height, image.width))
+        at = row["image_uri"]
+        try:
+            image = decode(self.source.fetch(place(row, "image")), self.max_pixels)
+            at = row["mask_uri"]
+            truth = read_truth(self.source.fetch(place(row, "mask")), self.rules, (image.height, image.width))
+        except (*LOST, *UNUSABLE) as error:
+            raise LostExampleError(
+                f"{public_url(at)}: has changed since the training was begun ({error}); put it back and run the same "
+                "command again, or begin anew with --overwrite"
+            ) from None
         found = image.pixels, truth.astype(np.int16 if self.rules.classes < 1 << 15 else np.int32)
         with self.lock:
             if (size := found[0].nbytes + found[1].nbytes) <= self.room and index not in self.kept:

@@ -22,6 +22,7 @@ from pipeline.ahead import ahead
 from pipeline.config import StorageSettings, TruthSettings
 from pipeline.containers import COLUMNS, ContainerError, NoImagesError
 from pipeline.decode import decode
+from pipeline.filesystems import public_url
 from pipeline.header import DecodeError
 from pipeline.masks import palette
 from pipeline.pairs import Masks, list_files, pair, require_some
@@ -29,7 +30,7 @@ from pipeline.reader import ChangedError, Reader
 from pipeline.truth import Rules, TruthError, read_truth
 
 PLACE = ("uri", "etag", "bytes", "file", "position", "column")  # where an image or a mask lies, as `pairs.FILES` has it
-EXAMPLES = pa.schema(
+EXAMPLE = pa.schema(
     [
         pa.field("name", pa.string(), metadata={"note": "of the image, below the root"}),
         *(
@@ -42,6 +43,9 @@ EXAMPLES = pa.schema(
     ]
 )
 ROWS = 1024  # of a table, at once
+ROWS_AT_ONCE = 256  # of a mask, while its pixels are counted
+LOST = (FileNotFoundError, ChangedError)  # what was listed is not there any more
+UNUSABLE = (DecodeError, TruthError, ContainerError, NoImagesError)
 IN_ORDER = "SELECT * FROM examples ORDER BY name, image_uri"
 
 
@@ -74,13 +78,10 @@ class Listed:
 class Checked:
     """What can be used, and what the truth of that holds."""
 
-    examples: list[dict[str, Any]] = field(default_factory=list)  # rows of EXAMPLES
+    examples: list[dict[str, Any]] = field(default_factory=list)  # rows of EXAMPLE
     left_out: list[LeftOut] = field(default_factory=list)
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of each class
     palette: list[Colour] = field(default_factory=list)  # of the first mask that has one
-
-    def table(self) -> pa.Table:
-        return pa.Table.from_pylist(self.examples, EXAMPLES)
 
 
 def list_pairs(
@@ -107,7 +108,7 @@ def list_pairs(
         "SELECT coalesce(image, mask), status, error FROM pairs WHERE status != 'paired' ORDER BY ALL"
     ).fetchall()
     plain = {"no_truth": "no mask has its name", "no_image": "no image has its name"}
-    left_out = [LeftOut(uri, status, error or plain.get(status, status)) for uri, status, error in others]
+    left_out = [LeftOut(public_url(uri), status, error or plain.get(status, status)) for uri, status, error in others]
     return Listed(pairs, digest.hexdigest(), left_out)
 
 
@@ -145,24 +146,31 @@ def look_at(
     source: Masks, rules: Rules, max_pixels: int, row: dict[str, Any]
 ) -> tuple[dict[str, Any], np.ndarray, list[Colour], LeftOut | None]:
     """A pair with its size, the pixels of each class in it and its mask's colours; or why it cannot be used."""
-    nothing = np.zeros(0, np.int64)
     at = row["image_uri"]
+
+    def no(status: str, why: str) -> tuple[dict[str, Any], np.ndarray, list[Colour], LeftOut]:
+        return row, np.zeros(0, np.int64), [], LeftOut(public_url(at), status, why)
+
     try:
         image = decode(source.fetch(place(row, "image")), max_pixels)
         at = row["mask_uri"]
         data = source.fetch(place(row, "mask"))
         truth = read_truth(data, rules, (image.height, image.width))
     except (DecodeError, TruthError) as error:
-        return row, nothing, [], LeftOut(at, error.status, str(error))
+        return no(error.status, str(error))
     except FileNotFoundError:
-        return row, nothing, [], LeftOut(at, "missing", "it was listed and is no longer there")
+        return no("missing", "it was listed and is no longer there")
     except ChangedError:
-        return row, nothing, [], LeftOut(at, "changed", "it is another one than was listed")
+        return no("changed", "it is another one than was listed")
     except (ContainerError, NoImagesError) as error:
-        return row, nothing, [], LeftOut(at, "unreadable", str(error))
-    pixels = np.bincount(truth[truth >= 0], minlength=rules.classes)
+        return no("unreadable", str(error))
+    pixels = np.zeros(rules.classes, np.int64)
+    for start in range(0, len(truth), ROWS_AT_ONCE):
+        part = truth[start : start + ROWS_AT_ONCE]
+        found = np.bincount(part[part >= 0])
+        pixels[: len(found)] += found
     if not pixels.any():
-        return row, nothing, [], LeftOut(at, "ignored", "every pixel of the mask is ignored")
+        return no("ignored", "every pixel of the mask is ignored")
     colours = palette(data) if data.startswith(b"\x89PNG") else []
     return row | {"height": image.height, "width": image.width}, pixels, colours, None
 
@@ -172,18 +180,27 @@ def place(row: Mapping[str, Any], what: str) -> dict[str, Any]:
     return {part: row[f"{what}_{part}"] for part in PLACE}
 
 
+def shared_out(checked: list[Checked], holdout: float, most: int) -> tuple[list[dict], list[dict]]:
+    """The examples to learn from, and at most so many to validate on: of the other side, or a part of the same."""
+    examples = checked[0].examples
+    if len(checked) > 1:
+        return examples, sorted(checked[1].examples, key=lambda one: share(one["name"]))[:most]
+    chosen = held_out([one["name"] for one in examples], holdout, most)
+    return [one for at, one in enumerate(examples) if at not in chosen], [examples[at] for at in sorted(chosen)]
+
+
 def share(name: str) -> float:
     """A number from 0 to 1 that a name always has, and that says nothing about it: for choosing a part of many."""
     return int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:8], "big") / 2**64
 
 
-def held_out(names: list[str], part: float) -> list[bool]:
-    """Which of these are for validation: about `part` of them, by their names, so that none changes sides when more
-    come; at least one and not all, as long as there are two.
+def held_out(names: list[str], part: float, most: int) -> set[int]:
+    """Which of these are for validation: about `part` of them and no more than `most`, by their names, so that none
+    changes sides when more come; at least one and not all, as long as there are two.
     """
+    if not part or len(names) < 2:
+        return set()
     shares = [share(name) for name in names]
-    chosen = [one < part for one in shares]
-    if part and len(names) > 1 and (all(chosen) or not any(chosen)):
-        first = min(range(len(names)), key=shares.__getitem__)
-        chosen = [at == first for at in range(len(names))]
-    return chosen
+    in_order = sorted(range(len(names)), key=lambda at: (shares[at], at))
+    count = sum(one < part for one in shares)
+    return set(in_order[: min(max(1, count), most, len(names) - 1)])

@@ -1,12 +1,7 @@
-"""A whole training, driven from one process: which examples there are, what is learned from them, and by whom.
+"""A whole training, as one command asks for it.
 
-    prepare      list the pairs, look them through, decide what follows: once, as OUT keeps it
-    teach        have Ray Train's workers learn; what has died goes on from the newest state
-    conclude     say which step is the best
-
-Ray Train starts the workers, connects them, and starts them again; states, logs and networks are this project's own, as
-they go where everything goes here, through `Store`. The driver hears from the first worker through one small actor,
-which is also where a worker hears that it is to stop: Train's own callbacks run in Train's process, not in this one.
+prepare      list the pairs, look them through, decide what follows: once, as OUT keeps it
+teach        have workers learn (teach.py); what has died goes on from the newest state
 """
 
 import contextlib
@@ -14,59 +9,44 @@ import hashlib
 import json
 import math
 import os
-import tempfile
-import threading
-import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import ray
-import ray.train
-import ray.train.torch
-import torch
 
 from model.augmentation import Augmentation
-from model.checkpoint import Checkpoint, CheckpointError
-from model.labels import label_set
+from model.checkpoint import UNTAUGHT, Checkpoint, CheckpointError
+from model.labels import LabelSet, label_set
 from model.segformer import VARIANTS
-from model.training import Recipe, fresh, with_classes
-from pipeline.classes import Classes, class_weights, find_classes
-from pipeline.cluster import ray_session
+from model.training import Recipe, fresh
+from pipeline import teach
+from pipeline.classes import Classes, class_weights, find_classes, read_weight_files
 from pipeline.config import ConfigurationError, FinetuneSettings, scale_range
 from pipeline.course import (
     EXAMPLES,
+    LEFT_OUT,
     MODEL,
-    RESULT,
     VALIDATION,
     Course,
-    UnfinishedError,
     begin,
     check_same,
     clear,
     command_of,
     read_course,
-    states,
+    read_result,
 )
-from pipeline.examples import EXAMPLES as EXAMPLE
-from pipeline.examples import IN_ORDER, Checked, LeftOut, Listed, check_pairs, held_out, list_pairs, rows, share
+from pipeline.examples import EXAMPLE, IN_ORDER, Checked, LeftOut, Listed, check_pairs, list_pairs, rows, shared_out
 from pipeline.filesystems import public_url
-from pipeline.learner import DivergedError, Place, learn
 from pipeline.lease import Lease
 from pipeline.run import read_checkpoint
-from pipeline.stopping import Request, StoppedError, until_asked_to_end
 from pipeline.storage import Store
 from pipeline.tables import Workspace, workspace
 from pipeline.truth import Rules, truth_rules
-from pipeline.wire import Wire
 
-FRESH = "new:"
+FRESH = "new:"  # a checkpoint of random weights
 LEASE = "training/lease"
-LOOKED_EVERY = 0.5  # seconds
-FAILURES = 3  # times that workers are started again
 FASTEST, SLOWEST, STEPS_BY = 1e-3, 6e-5, 2.0  # learning rates: a short training is to get somewhere, too
 EPOCHS, LEAST_STEPS = 20, 300  # by default
 LONGEST_WARM_UP, WARM_UP = 1500, 20  # steps as in the paper, and the share of all steps where those are few
@@ -75,17 +55,11 @@ IGNORED_ID = 255  # where nobody says which classes there are
 NAMED = 20  # things that cannot be used, in messages
 
 
-class Listener(Protocol):
+class Listener(teach.Listener, Protocol):
     """Whoever watches."""
-
-    def say(self, text: str) -> None:
-        """One line about what happens next."""
 
     def checking(self, done: int, total: int, left_out: int) -> None:
         """Pairs that are looked through, of all; how many of them cannot be used."""
-
-    def learning(self, step: int, steps: int, images: int, loss: float, best: float | None) -> None:
-        """Steps that are done, of all; images in one, its loss, and the best mean IoU so far."""
 
 
 @dataclass(frozen=True)
@@ -107,22 +81,13 @@ def finetune(settings: FinetuneSettings, listener: Listener) -> Taught:
     out = Store(settings.out, settings)
     out.check_writable()
     with Lease(out, LEASE, f"the training in {out.url}") as lease:
-        course = prepare(settings, checkpoint, out, listener)
-        if (result := out_result(out)) is None:
-            teach(settings, course, checkpoint, out, lease, listener)
-            result = out_result(out)
-            assert result, "whoever ends a training puts its result"
-            return Taught(result, was_there=False)
-    return Taught(result, was_there=True)
-
-
-def out_result(out: Store) -> dict[str, Any] | None:
-    """The result of the training in `out`; None while it has none."""
-    try:
-        found: dict[str, Any] = json.loads(out.read(RESULT))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return found
+        course = prepare(settings, checkpoint, out, lease, listener)
+        if result := read_result(out):
+            return Taught(result, was_there=True)
+        teach.teach(settings, course, checkpoint, out, lease, listener)
+        result = read_result(out)
+        assert result, "whoever ends a training puts its result"
+        return Taught(result, was_there=False)
 
 
 def check(settings: FinetuneSettings) -> None:
@@ -131,22 +96,26 @@ def check(settings: FinetuneSettings) -> None:
         raise ConfigurationError("val_images and val_masks come together")
     if settings.workers != "auto" and settings.batch % int(settings.workers):
         raise ConfigurationError(f"batch: {settings.batch} crops cannot be shared by {settings.workers} workers")
-    if settings.checkpoint.rstrip("/") == settings.out.rstrip("/"):
+    start, out = (
+        os.path.realpath(url.removeprefix("file://")) if "://" not in url.removeprefix("file://") else url.rstrip("/")
+        for url in (settings.checkpoint, settings.out)
+    )
+    if out in (start, start.rpartition("/")[0]):
         raise ConfigurationError("out: is the checkpoint itself, which would be lost; give another place")
 
 
 def starting_point(settings: FinetuneSettings) -> Checkpoint:
     """The network to begin with, of whatever classes it has. Raises `CheckpointError`."""
     if not settings.checkpoint.startswith(FRESH):
-        return read_checkpoint(settings)
+        return read_checkpoint(settings, decoder_seed=settings.seed)
     name = settings.checkpoint.removeprefix(FRESH)
     if name not in VARIANTS:
         raise CheckpointError(f"{settings.checkpoint}: no such network; there are {FRESH}{f', {FRESH}'.join(VARIANTS)}")
-    return fresh(name, label_set(["a", "b"]), settings.seed)
+    return fresh(name, UNTAUGHT, settings.seed)
 
 
-def prepare(settings: FinetuneSettings, checkpoint: Checkpoint, out: Store, listener: Listener) -> Course:
-    """The course that was begun in `out`, if it is of the same command, or a new one."""
+def prepare(settings: FinetuneSettings, checkpoint: Checkpoint, out: Store, lease: Lease, listener: Listener) -> Course:
+    """The course that was begun in `out`, if it is of the same command, or a new one, which is put there."""
     before = None if settings.overwrite else read_course(out)
     if not before and not settings.overwrite and (there := set(MODEL) & set(out.names(""))):
         raise ConfigurationError(
@@ -164,10 +133,25 @@ def prepare(settings: FinetuneSettings, checkpoint: Checkpoint, out: Store, list
         if before:
             check_same(out, before, command)
             return before
-        if settings.overwrite:
-            clear(out)
+        if classes.names:  # else they are known when all masks are read
+            class_weights(settings.class_weights, label_set(list(classes.names)), np.ones(len(classes.names)))
         checked = [look_through(space, listed, rules, settings, listener) for space, listed in sides]
-    return new_course(settings, checkpoint, classes, ignore_ids, command, checked, out, listener)
+    left_out = [one for side in checked for one in side.left_out]
+    tell_left_out(left_out, listener)
+    learned, validation = sort_out(checked, settings)
+    palette = [] if settings.truth_map else checked[0].palette[int(settings.reduce_labels) :]
+    labels = classes.label_set(np.sum([side.pixels for side in checked], axis=0), palette)
+    tell_classes(labels.names, classes.source, checked[0].pixels, checkpoint, listener)
+    course = new_course(settings, command, labels, ignore_ids, checked[0].pixels, learned, validation, left_out)
+    lease.check()
+    clear(out)
+    tables = {
+        name: pa.Table.from_pylist(some, EXAMPLE) for name, some in ((EXAMPLES, learned), (VALIDATION, validation))
+    }
+    begin(out, course, tables, left_out)
+    if left_out:
+        listener.say(f"all that is left out, and why: {public_url(out.uri(LEFT_OUT))}")
+    return course
 
 
 def list_side(
@@ -182,11 +166,11 @@ def digests(
 ) -> dict[str, Any]:
     """What the content of a command's files is, which may change while their names stay."""
     named = json.dumps([classes.names, classes.palette]).encode()
-    weights = [Path(one).read_bytes() for one in settings.class_weights if Path(one).is_file()]
+    weights = read_weight_files(settings.class_weights)
     found = {
         "checkpoint": f"{public_url(settings.checkpoint)} ({checkpoint.digest[:12]})",
         "classes": f"{len(classes.names) or 'any'} from {classes.source} ({hashlib.sha256(named).hexdigest()[:12]})",
-        "weight_files": hashlib.sha256(b"".join(weights)).hexdigest()[:12] if weights else None,
+        "weight_files": hashlib.sha256(weights).hexdigest()[:12] if weights else None,
     }
     names = ("pairs", "validation_pairs")
     return found | {name: f"{side.pairs:,} ({side.digest[:12]})" for name, side in zip(names, sides, strict=False)}
@@ -202,33 +186,30 @@ def look_through(
     return found
 
 
+def sort_out(checked: list[Checked], settings: FinetuneSettings) -> tuple[list[dict], list[dict]]:
+    """The examples to learn from, and those to validate on. Raises `ConfigurationError` where there are none."""
+    for side, url in zip(checked, (settings.images, settings.val_images), strict=False):
+        if not side.examples:
+            first = f"; of {len(side.left_out):,} that are left out the first: " if side.left_out else ""
+            why = f"{side.left_out[0].uri}: {side.left_out[0].reason}" if side.left_out else ""
+            raise ConfigurationError(f"{public_url(url or '')}: no image can be learned from{first}{why}")
+    learned, validation = shared_out(checked, settings.holdout, settings.val_limit)
+    if settings.patience and not validation:
+        raise ConfigurationError("patience: there is no validation to get better; see --holdout and --val-images")
+    return learned, validation
+
+
 def new_course(
     settings: FinetuneSettings,
-    checkpoint: Checkpoint,
-    classes: Classes,
-    ignore_ids: tuple[int, ...] | None,
     command: dict[str, Any],
-    checked: list[Checked],
-    out: Store,
-    listener: Listener,
+    labels: LabelSet,
+    ignore_ids: tuple[int, ...] | None,
+    pixels: np.ndarray,
+    learned: list[dict],
+    validation: list[dict],
+    left_out: list[LeftOut],
 ) -> Course:
-    """Decide what follows from a command and what there is to learn from, and put it."""
-    left_out = [one for side in checked for one in side.left_out]
-    tell_left_out(left_out, listener)
-    learned, validation = shared_out(checked, settings)
-    if not learned:
-        raise ConfigurationError(
-            f"{public_url(settings.images)}: no image can be learned from; of {len(left_out):,} that are left out the "
-            f"first: {left_out[0].uri}: {left_out[0].reason}"
-            if left_out
-            else f"{public_url(settings.images)}: no image can be learned from"
-        )
-    pixels = checked[0].pixels
-    palette = [] if settings.truth_map else checked[0].palette[int(settings.reduce_labels) :]
-    labels = classes.label_set(np.sum([side.pixels for side in checked], axis=0), palette)
-    if len(labels) < 2:
-        raise ConfigurationError("the masks have one class only, so there is nothing to tell apart; see --labels")
-    tell_classes(labels.names, classes.source, pixels, checkpoint, listener)
+    """All that follows from a command and what there is to learn from; `pixels` are those of each class."""
     steps = settings.steps or max(LEAST_STEPS, math.ceil(EPOCHS * len(learned) / settings.batch))
     recipe = Recipe(
         steps=steps,
@@ -241,7 +222,7 @@ def new_course(
         ema=settings.ema,
         seed=settings.seed,
     )
-    course = Course(
+    return Course(
         command=command,
         labels=labels,
         recipe=recipe,
@@ -254,23 +235,6 @@ def new_course(
         validation=len(validation),
         left_out=len(left_out),
     )
-    tables = {
-        name: pa.Table.from_pylist(some, EXAMPLE) for name, some in ((EXAMPLES, learned), (VALIDATION, validation))
-    }
-    begin(out, course, tables, left_out)
-    return course
-
-
-def shared_out(checked: list[Checked], settings: FinetuneSettings) -> tuple[list[dict], list[dict]]:
-    """The examples to learn from, and those to validate on: others, or a part of the same."""
-    examples = checked[0].examples
-    if len(checked) > 1:
-        learned, validation = examples, checked[1].examples
-    else:
-        chosen = held_out([one["name"] for one in examples], settings.holdout)
-        learned = [one for one, is_out in zip(examples, chosen, strict=True) if not is_out]
-        validation = [one for one, is_out in zip(examples, chosen, strict=True) if is_out]
-    return learned, sorted(validation, key=lambda one: share(one["name"]))[: settings.val_limit]
 
 
 def tell_left_out(left_out: list[LeftOut], listener: Listener) -> None:
@@ -279,7 +243,7 @@ def tell_left_out(left_out: list[LeftOut], listener: Listener) -> None:
         return
     counts = Counter(one.status for one in left_out)
     kinds = ", ".join(f"{status} {count:,}" for status, count in counts.most_common())
-    listener.say(f"left out {len(left_out):,} ({kinds}); all are in OUT/training/left_out.csv")
+    listener.say(f"left out {len(left_out):,} ({kinds})")
     for one in left_out[:NAMED]:
         listener.say(f"  {one.uri}: {one.reason}")
     if len(left_out) > NAMED:
@@ -297,120 +261,3 @@ def tell_classes(
         listener.say(f"no pixel is of {', '.join(absent[:NAMED])}, which so cannot be learned")
     if checkpoint.model.config.projection_relu:
         listener.say("learned without the ReLU behind OpenMMLab's projections, which Hugging Face's layout cannot say")
-
-
-def work(config: dict[str, Any]) -> None:
-    """What Ray Train has each worker do."""
-    wire, (settings, course, checkpoint) = config["wire"], ray.get(config["job"])
-    if ray.get(wire.look.remote())[1]:  # what cannot succeed is not tried again
-        return
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    place = Place(context.get_world_rank(), context.get_world_size(), str(device), config["threads"])
-    try:
-        learn(settings, course, checkpoint, place, lambda report: ray.get(wire.report.remote(report)))
-    except (DivergedError, ConfigurationError, torch.OutOfMemoryError) as error:
-        ray.get(wire.fail.remote(complaint(error)))
-        raise
-
-
-def complaint(error: Exception) -> str:
-    """One line about what no other try would mend."""
-    if isinstance(error, DivergedError):
-        return f"{error}; give a lower --learning-rate, or a longer --warm-up, and --overwrite to begin anew"
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the device's memory is too small; give a smaller --batch or --crop, and --overwrite to begin anew"
-    return str(error)
-
-
-def teach(
-    settings: FinetuneSettings, course: Course, checkpoint: Checkpoint, out: Store, lease: Lease, listener: Listener
-) -> None:
-    """Have workers learn until there is a result. Raises `StoppedError`, `UnfinishedError`."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait in loops take the CPU from those that load
-    network = with_classes(checkpoint, course.labels, course.recipe.seed)
-    with ray_session(settings), until_asked_to_end() as request, tempfile.TemporaryDirectory() as scratch:
-        wire: Any = ray.remote(num_cpus=0)(Wire).remote()
-        scaling, threads = size(settings)
-        job = ray.put((settings, course, network))
-        trainer = ray.train.torch.TorchTrainer(
-            work,
-            train_loop_config={"wire": wire, "job": job, "threads": threads},
-            scaling_config=scaling,
-            run_config=ray.train.RunConfig(
-                name="swath", storage_path=scratch, failure_config=ray.train.FailureConfig(max_failures=FAILURES)
-            ),
-        )
-        before = states(out)
-        goes_on = f"from step {before[-1]:,}" if before else "from the beginning"
-        listener.say(
-            f"learning {course.recipe.steps:,} steps of {course.recipe.batch} crops from {course.examples:,} images, "
-            f"{goes_on}; {course.validation:,} for validation"
-        )
-        error = follow(trainer, wire, course, request, lease, settings.grace, listener)
-        _, failure = ray.get(wire.look.remote())
-    lease.check()
-    if out_result(out):
-        return
-    if request.number:
-        done = states(out)
-        raise StoppedError(
-            request.number,
-            f"stopped: step {done[-1] if done else 0:,} of {course.recipe.steps:,} is kept; "
-            "run the same command again to go on",
-        )
-    if failure:
-        raise UnfinishedError(failure)
-    raise UnfinishedError(f"the workers failed {FAILURES + 1} times ({error}); run the same command again to go on")
-
-
-def follow(
-    trainer: Any, wire: Any, course: Course, request: Request, lease: Lease, grace: float, listener: Listener
-) -> str:
-    """Wait for the end, tell how far it is, and pass on that an end was asked for; what went wrong, if anything."""
-    errors: list[str] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:  # whatever Ray Train makes of what workers raise
-            errors.append(one_line(error))
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    asked = 0.0
-    while thread.is_alive():
-        thread.join(LOOKED_EVERY)
-        report, _ = ray.get(wire.look.remote())
-        if report:
-            listener.learning(report.step, course.recipe.steps, course.recipe.batch, report.loss, report.best)
-        if request.number and not asked:
-            asked = time.monotonic()
-            listener.say(f"stopping: the step under way has {grace:g} s to end; once more to stop at once")
-            ray.get(wire.stop.remote())
-        if lease.lost or (asked and time.monotonic() - asked > grace):
-            break
-    return errors[0] if errors else ""
-
-
-def one_line(error: Exception) -> str:
-    """The last line of an error's text, where Ray has the cause."""
-    return " ".join(str(error).strip().split("\n")[-1].split())[:300]
-
-
-def size(settings: FinetuneSettings) -> tuple["ray.train.ScalingConfig", int]:
-    """How many workers there are and what each has, and its threads."""
-    resources = ray.cluster_resources()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    gpus = int(resources.get("GPU", 0))
-    workers = int(settings.workers) if settings.workers != "auto" else max(1, gpus)
-    if settings.batch % workers:
-        workers = next(count for count in range(workers, 0, -1) if settings.batch % count == 0)
-    if gpus:
-        room = min((node["CPU"] - 1) // node["GPU"] for node in nodes if node.get("GPU"))
-    else:
-        beside = -(-workers // len(nodes))
-        room = min(node["CPU"] - 1 for node in nodes) // beside
-    cpus = max(1, int(room))
-    needed = {"CPU": cpus} | ({"GPU": 1} if gpus else {})
-    return ray.train.ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=needed), cpus

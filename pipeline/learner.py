@@ -8,10 +8,8 @@ goes on from the newest state as if there had been no other.
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +22,7 @@ from model.checkpoint import Checkpoint, huggingface_files
 from model.predictor import Predictor, choose_precision, keep_freed_memory, use_threads
 from model.scores import Scores
 from model.training import Training, rate_at
+from pipeline.ahead import ahead
 from pipeline.config import FinetuneSettings
 from pipeline.course import (
     EXAMPLES,
@@ -46,7 +45,7 @@ from pipeline.wire import Report
 
 LOGGED_EVERY = 10  # steps
 SAVED_EVERY, SAVING_SHARE = 60, 20  # seconds from one state to the next, or so many times as long as to put it takes
-CACHE_SHARE, CACHE_MOST = 8, 4 << 30  # of the machine's memory for decoded images, and bytes at most
+VALIDATION_SHARE = 8  # of the memory for images, that those for validation may take besides
 
 
 class DivergedError(Exception):
@@ -61,6 +60,7 @@ class Place:
     workers: int
     device: str
     threads: int
+    memory: int  # bytes of decoded images that it may keep
 
 
 Tell = Callable[[Report], bool]  # whether to stop
@@ -90,10 +90,9 @@ class Learner:
             settings.reduce_labels,
             settings.truth_map,
         )
-        memory = min(CACHE_MOST, machine_memory() // CACHE_SHARE // place.workers)
         self.examples, self.validation = (
-            Examples(read_table(self.out, name), rules, settings, settings.max_pixels, share)
-            for name, share in ((EXAMPLES, memory), (VALIDATION, memory // 8))
+            Examples(read_table(self.out, name), rules, settings, settings.max_pixels, memory)
+            for name, memory in ((EXAMPLES, place.memory), (VALIDATION, place.memory // VALIDATION_SHARE))
         )
         self.crops = Crops(
             self.examples, self.policy, course.augmentation, checkpoint.mean, course.recipe.batch, course.recipe.seed
@@ -116,6 +115,8 @@ class Learner:
     def run(self) -> bool:
         """Until the last step, until nothing gets better, or until asked to stop."""
         last = self.course.recipe.steps
+        if self.best and self.best["step"] == self.training.step:
+            self.put_model()  # its state was put before, and a kill may have come between the two
         is_over = self.is_patient_no_more()
         first = self.training.step
         place = self.place
@@ -126,7 +127,7 @@ class Learner:
                 raise DivergedError(f"the loss is {loss} in step {self.training.step}")
             self.losses.append(loss)
             is_over = self.after_step(loss)
-            if is_over or self.is_told_to_stop(loss):
+            if self.is_told_to_stop(loss) or is_over:
                 break
         is_over = is_over or self.training.step == last
         if place.worker == 0:
@@ -183,6 +184,8 @@ class Learner:
             "class_iou": {name: None if np.isnan(iou) else float(iou) for name, iou in zip(names, classes, strict=True)}
         }
         self.without_better = 0
+        if self.place.worker == 0:
+            self.save()  # first, so that what it says of the best network is true of the one that is there
         self.put_model()
 
     def put_model(self) -> None:
@@ -197,14 +200,15 @@ class Learner:
 
     def validate(self) -> Scores:
         """The scores of the averaged weights on all validation images, each worker having done its part."""
+        self.training.agree()
         average = copy.deepcopy(self.training.average).cpu()
         engine = "auto" if self.place.device == "cpu" else "torch"  # to compile for each validation would take longer
         predictor = Predictor(replace(self.checkpoint, model=average), self.place.device, engine, "float32")
         own = range(self.place.worker, len(self.validation), self.place.workers)
         scores = Scores.empty(len(self.course.labels))
-        with ThreadPoolExecutor(predictor.lanes, initializer=predictor.enter_lane) as lanes:
-            for truth, mask in lanes.map(partial(self.predict, predictor), own):
-                scores.add(truth, mask)
+        lanes = predictor.lanes
+        for truth, mask in ahead(partial(self.predict, predictor), own, 2 * lanes, lanes, predictor.enter_lane):
+            scores.add(truth, mask)
         use_threads(self.place.threads)
         if self.place.workers > 1:
             others: list[Any] = [None] * self.place.workers
@@ -270,8 +274,3 @@ def summary(scores: Scores) -> dict[str, float]:
     """What a line of the log says of scores: those over all pixels."""
     pooled = scores.pooled()
     return {name: float(getattr(pooled, name)) for name in SCORES}
-
-
-def machine_memory() -> int:
-    """Bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

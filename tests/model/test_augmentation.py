@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.augmentation import IGNORED, Augmentation, augment, colour_change, is_varied, recoloured
+from model.augmentation import Augmentation, augment, colour_change, is_varied, recoloured
+from model.scores import IGNORED
 
 PLAIN = Augmentation(32, scales=(1.0, 1.0), flip=0, colour=0, most_of_one_class=1)
 MEAN = np.array([10.0, 20.0, 30.0])

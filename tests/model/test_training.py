@@ -10,10 +10,10 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from model.augmentation import IGNORED
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, huggingface_files, load_checkpoint
 from model.labels import label_set
 from model.layouts import HUGGING_FACE_4, NVLABS, OPENMMLAB
+from model.scores import IGNORED
 from model.segformer import Segformer, SegformerConfig, variant
 from model.training import (
     LearningForm,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from model.labels import label_set
-from pipeline.classes import class_weights, find_classes, read_labels
+from pipeline.classes import beside, class_weights, find_classes, read_labels
 from pipeline.config import ConfigurationError, StorageSettings
-from pipeline.examples import held_out, share
+from pipeline.examples import Checked, held_out, share, shared_out
 
 KNOWN = label_set(["sky", "car"], [(1, 2, 3), (4, 5, 6)])
 LABELS = label_set(["sky", "land", "sea = water"])
@@ -85,12 +85,32 @@ def test_a_weight_that_means_nothing_is_refused(given):
 
 def test_what_is_held_out_stays_so_when_more_comes():
     names = [f"image {number}" for number in range(1000)]
-    chosen = {name for name, is_out in zip(names, held_out(names, 0.1), strict=True) if is_out}
+    chosen = {names[at] for at in held_out(names, 0.1, 500)}
     assert 60 < len(chosen) < 140
     some = names[::3]
-    assert {name for name, is_out in zip(some, held_out(some, 0.1), strict=True) if is_out} == chosen & set(some)
-    assert held_out(["a", "b"], 0.001).count(True) == 1
-    assert held_out(["a", "b"], 0.999).count(True) == 1
-    assert held_out(["a"], 0.5) in ([True], [False])
-    assert not any(held_out(names, 0))
+    assert {some[at] for at in held_out(some, 0.1, 500)} == chosen & set(some)
+    assert len(held_out(["a", "b"], 0.001, 500)) == 1
+    assert len(held_out(["a", "b"], 0.999, 500)) == 1
+    assert held_out(["a"], 0.5, 500) == set()
+    assert held_out(names, 0, 500) == set()
+    assert held_out(names, 0.1, 5) < held_out(names, 0.1, 6)
     assert 0 <= share("a") < 1
+
+
+def test_what_is_held_out_beyond_the_limit_is_learned_from():
+    examples = [{"name": str(number)} for number in range(100)]
+    learned, validation = shared_out([Checked(examples=examples)], 0.5, 10)
+    assert len(validation) == 10
+    assert sorted(int(one["name"]) for one in learned + validation) == list(range(100))
+
+
+def test_a_weight_of_nothing_at_all_is_refused():
+    with pytest.raises(ConfigurationError, match="counts 0"):
+        class_weights(("land=0",), LABELS, np.array([0, 7, 0]))
+
+
+def test_a_bucket_has_no_folder_above():
+    assert beside("s3://bucket") == ["s3://bucket"]
+    assert beside("s3://bucket/masks") == ["s3://bucket/masks", "s3://bucket"]
+    assert beside("/masks") == ["/masks"]
+    assert beside("/data/masks/*.png") == ["/data/masks", "/data"]
