@@ -20,6 +20,7 @@ from jobs.demo import WEIGHTS
 from jobs.scenes.street import CLASSES, draw_scene
 from model.checkpoint import load_checkpoint
 from model.predictor import Predictor, use_threads
+from model.scores import Scores
 from pipeline.decode import decode, resize
 from pipeline.policy import parse_policy
 
@@ -50,7 +51,7 @@ def compare(predictor: Predictor, width: int, height: int, count: int) -> dict[s
     """Milliseconds an image, the share of mask pixels that stay, and mIoU, over some scenes of a size."""
     readers = {"full": full, "scaled": scaled, "pillow": pillow, "opencv": opencv}
     seconds = dict.fromkeys(readers, 0.0)
-    confusion = {name: np.zeros((len(CLASSES), len(CLASSES)), np.int64) for name in ("full", "scaled")}
+    scores = {name: Scores.empty(len(CLASSES)) for name in ("full", "scaled")}
     equal = []
     for number in range(count):
         scene = draw_scene(HELD_OUT + number, width, height)
@@ -58,13 +59,12 @@ def compare(predictor: Predictor, width: int, height: int, count: int) -> dict[s
         masks = []
         for name, best in best_times(readers, data).items():
             seconds[name] += best
-            if name in confusion:
+            if name in scores:
                 masks.append(predictor(readers[name](data)[None], [(height, width)])[0].mask)
-                pairs = scene.mask.astype(np.int64) * len(CLASSES) + masks[-1]
-                confusion[name] += np.bincount(pairs.ravel(), minlength=len(CLASSES) ** 2).reshape(2 * [len(CLASSES)])
+                scores[name].add(scene.mask, masks[-1])
         equal.append(float(np.mean(masks[0] == masks[1])))
     times = {name: 1000 * total / count for name, total in seconds.items()}
-    mious = {f"miou_{name}": mean_iou(counts) for name, counts in confusion.items()}
+    mious = {f"miou_{name}": float(some.pooled().mean_iou) for name, some in scores.items()}
     return times | mious | {"equal": float(np.mean(equal)), "worst": min(equal)}
 
 
@@ -109,13 +109,6 @@ def opencv(data: bytes) -> np.ndarray:
 def to_input(pixels: np.ndarray) -> np.ndarray:
     """What the network sees, uint8 (h, w, 3)."""
     return resize(pixels, *POLICY.size(*pixels.shape[:2]))
-
-
-def mean_iou(confusion: np.ndarray) -> float:
-    """Over the classes, of a confusion matrix with rows of truth."""
-    hits = confusion.diagonal()
-    union = confusion.sum(axis=0) + confusion.sum(axis=1) - hits
-    return float(np.mean(hits[union > 0] / union[union > 0]))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ import time
 
 import numpy as np
 
-from jobs.bench.decode import mean_iou
 from jobs.bench.model import processor
 from jobs.demo import SHAPES, WEIGHTS
 from jobs.scenes.street import CLASSES, draw_scene
 from model.checkpoint import load_checkpoint
 from model.predictor import Predictor, use_threads
+from model.scores import Scores
 from pipeline.decode import resize
 from pipeline.policy import ONE_LOOK, Looks, parse_policy
 
@@ -39,25 +39,24 @@ def main() -> None:
     scenes = parser.parse_args().scenes
     use_threads(1)
     predictor = Predictor(load_checkpoint(str(WEIGHTS)), "cpu", precision="float32")
-    confusion = {way: np.zeros((len(CLASSES), len(CLASSES)), np.int64) for way in WAYS}
+    scores = {way: Scores.empty(len(CLASSES)) for way in WAYS}
     seconds = dict.fromkeys(WAYS, 0.0)
     for number in range(scenes):
         scene = draw_scene(number, *SHAPES[number % len(SHAPES)])
         for way, looks in WAYS.items():
             mask, taken = look(predictor, scene.image, way.split()[0], looks)
-            pairs = scene.mask.astype(np.int64) * len(CLASSES) + mask
-            confusion[way] += np.bincount(pairs.ravel(), minlength=len(CLASSES) ** 2).reshape(2 * [len(CLASSES)])
+            scores[way].add(scene.mask, mask)
             seconds[way] += taken
     print(f"# Looks\n\n{processor('cpu')}, one thread, {scenes} scenes. `python -m jobs.bench.looks`\n")
     print("| | looks | ms an image | times | mean IoU | accuracy |\n" + "|---" * 6 + "|")
     rows = {}
     for way, looks in WAYS.items():
-        counts = confusion[way]
+        pooled = scores[way].pooled()
         rows[way] = row = {
             "ms": 1000 * seconds[way] / scenes,
             "times": seconds[way] / seconds["short=512"],
-            "miou": mean_iou(counts),
-            "accuracy": float(counts.diagonal().sum() / counts.sum()),
+            "miou": float(pooled.mean_iou),
+            "accuracy": float(pooled.accuracy),
         }
         print(
             f"| {way} | {looks.count} | {row['ms']:.0f} | {row['times']:.2f} | {row['miou']:.4f} "

@@ -27,6 +27,7 @@ from jobs.scenes.street import CLASSES, PALETTE, draw_scene
 from model.checkpoint import load_checkpoint
 from model.labels import label_set
 from model.predictor import Predictor
+from model.scores import Scores
 from model.windows import Span, Tiling, cut_out
 from pipeline.config import SegmentSettings
 from pipeline.containers import Images
@@ -131,13 +132,11 @@ def edges(masks: list[np.ndarray], rows: list[int], columns: list[int]) -> float
 
 
 def mean_iou(masks: list[np.ndarray], truth: list[np.ndarray]) -> float:
-    classes = len(CLASSES)
-    confusion = np.zeros(classes**2, np.int64)
+    """Over the classes, pooled over all pixels."""
+    scores = Scores.empty(len(CLASSES))
     for mask, right in zip(masks, truth, strict=True):
-        confusion += np.bincount((right.astype(np.int64) * classes + mask).ravel(), minlength=classes**2)
-    table = confusion.reshape(classes, classes)
-    hits = np.diag(table)
-    return float(np.nanmean(hits / (table.sum(axis=0) + table.sum(axis=1) - hits)))
+        scores.add(right, mask)
+    return float(scores.pooled().mean_iou)
 
 
 def draw_picture(predictor: Predictor, path: Path, seed: int = 2) -> None:
