@@ -9,7 +9,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard model/native/*.cpp model/na
 .PHONY: help demo monitor test check format chaos s3 weights bench bench-model clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/installed  ## Draw a small collection, segment it here, show the table, a query and a picture
 	$(BIN)/swath demo .demo
@@ -37,8 +37,9 @@ chaos: .venv/developing  ## Kill, starve and corrupt real runs, in the full numb
 s3: .venv/installed  ## Run a real S3 server on loopback until Ctrl-C
 	$(BIN)/python infra/local/s3_server.py
 
-weights: .venv/installed  ## Train the demo's network again, by swath finetune (about half an hour on two cores)
-	$(BIN)/python -m jobs.scenes.draw .weights/scenes --scenes 3000 --short 360:620
+weights: .venv/installed  ## Train the demo's network again, by swath finetune (about an hour); goes on where it was cut off
+	test -e .weights/scenes/labels.json || \
+	  $(BIN)/python -m jobs.scenes.draw .weights/scenes --scenes 8000 --short 360:620
 	$(BIN)/swath finetune .weights/scenes/images .weights/scenes/masks .weights/small --config jobs/scenes/small.yaml
 	$(BIN)/swath finetune .weights/scenes/images .weights/scenes/masks .weights/large --config jobs/scenes/large.yaml \
 	  --checkpoint .weights/small

@@ -117,12 +117,12 @@ def draw_folder(folder: Path, drawing: Drawing) -> None:
     for name in ("images", "masks"):
         (folder / name).mkdir()
     names = {str(number): name for number, name in enumerate(KINDS[drawing.kind].classes)}
-    (folder / "labels.json").write_text(json.dumps(names, indent=2) + "\n")
     seeds = range(drawing.seed, drawing.seed + drawing.scenes)
     with Display() as display, get_context("forkserver").Pool(cpu_count()) as pool:
         files = pool.imap_unordered(partial(draw_file, folder, drawing), seeds, chunksize=8)
         for done, _ in enumerate(files, start=1):
             display.show(f"drawing {drawing.kind} scenes", done, drawing.scenes, "")
+    (folder / "labels.json").write_text(json.dumps(names, indent=2) + "\n")  # last: with it the folder is whole
 
 
 def fresh_folder(folder: Path, marker: str) -> Path:

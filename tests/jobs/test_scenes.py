@@ -135,11 +135,12 @@ def test_no_class_of_a_harbour_is_told_by_its_colour():
 
 
 def recipe():
-    """The commands of `make weights`, as words without their program."""
+    """The commands of `make weights`, as words without their program, and without what finds that one is done."""
     printed = subprocess.run(
         ["make", "--dry-run", "--always-make", "weights"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.replace("\\\n", " ")
-    return [shlex.split(line.partition(" ")[2]) for line in printed.splitlines() if ".weights" in line]
+    commands = (line.rpartition("||")[2].split(maxsplit=1) for line in printed.splitlines() if ".weights" in line)
+    return [shlex.split(words) for _, words in commands]
 
 
 def test_the_demos_weights_are_made_by_finetune_from_drawn_scenes_alone(monkeypatch):
