@@ -38,7 +38,7 @@ CONFIG_KEYS = {  # our name: Hugging Face's
     "kernels": "patch_sizes",
     "strides": "strides",
 }
-UNTAUGHT = label_set(["(untaught)"])  # of a head that has learned nothing
+UNTAUGHT = label_set(["untaught (0)", "untaught (1)"])  # of a head that has learned nothing
 B0 = SegformerConfig(labels=2, depths=(2, 2, 2, 2), hidden_sizes=(32, 64, 160, 256), decoder_size=256)
 
 
