@@ -18,15 +18,8 @@ from jobs.display import EXAMPLE, Display, print_record
 from jobs.scenes.draw import TRAINING_SEEDS, fresh_folder
 from jobs.scenes.street import CLASSES, PALETTE, draw_scene
 from model.labels import label_set
-from pipeline.config import (
-    ConfigurationError,
-    EvaluateSettings,
-    MetricsSettings,
-    QuerySettings,
-    ReportSettings,
-    SegmentSettings,
-    option,
-)
+from pipeline.config import ConfigurationError, MetricsSettings, QuerySettings, ReportSettings, SegmentSettings, option
+from pipeline.config_truth import EvaluateSettings
 from pipeline.masks import decode_mask, encode_mask, overlay
 
 WEIGHTS = Path(__file__).parent / "scenes" / "weights"

@@ -40,7 +40,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from jobs.display import Display, plain, print_whole
-from pipeline.config import EvaluateSettings
+from pipeline.config_truth import EvaluateSettings
 
 if TYPE_CHECKING:
     from pipeline.evaluate import Evaluation

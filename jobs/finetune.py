@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.display import Display, clock, plain
-from pipeline.config import FinetuneSettings
+from pipeline.config_truth import FinetuneSettings
 
 SETTINGS = FinetuneSettings
 

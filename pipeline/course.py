@@ -28,7 +28,8 @@ import torch
 from model.augmentation import Augmentation
 from model.labels import LabelSet
 from model.training import Recipe
-from pipeline.config import ConfigurationError, FinetuneSettings
+from pipeline.config import ConfigurationError
+from pipeline.config_truth import FinetuneSettings
 from pipeline.examples import LeftOut
 from pipeline.storage import Store
 

@@ -26,7 +26,8 @@ import pyarrow.compute as pc
 
 from model.scores import Scores
 from pipeline.compare import IMAGES, Compared, Comparison, Pair
-from pipeline.config import ConfigurationError, EvaluateSettings
+from pipeline.config import ConfigurationError
+from pipeline.config_truth import EvaluateSettings
 from pipeline.evaluation import Folder, Parts, default_name, described
 from pipeline.filesystems import public_url
 from pipeline.meanings import counted_as, evaluated_classes, rules_for

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from model.scores import OVERALL, Scores
 from pipeline.compare import IMAGES, NAMES, Comparison, defined
-from pipeline.config import ConfigurationError, EvaluateSettings
+from pipeline.config import ConfigurationError
+from pipeline.config_truth import EvaluateSettings
 from pipeline.confusion import draw_confusion
 from pipeline.filesystems import public_url
 from pipeline.schema import field

@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from model.labels import Colour
 from pipeline.ahead import ahead
-from pipeline.config import StorageSettings, TruthSettings
+from pipeline.config import StorageSettings
+from pipeline.config_truth import TruthSettings
 from pipeline.containers import COLUMNS, ContainerError, NoImagesError
 from pipeline.decode import decode
 from pipeline.filesystems import public_url

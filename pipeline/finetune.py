@@ -23,7 +23,8 @@ from model.segformer import VARIANTS
 from model.training import Recipe, fresh
 from pipeline import teach
 from pipeline.classes import Classes, class_weights, find_classes, read_weight_files
-from pipeline.config import ConfigurationError, FinetuneSettings, scale_range
+from pipeline.config import ConfigurationError
+from pipeline.config_truth import FinetuneSettings, scale_range
 from pipeline.course import (
     EXAMPLES,
     LEFT_OUT,

@@ -23,7 +23,7 @@ from model.predictor import Predictor, choose_precision, keep_freed_memory, use_
 from model.scores import Scores
 from model.training import Training, rate_at
 from pipeline.ahead import ahead
-from pipeline.config import FinetuneSettings
+from pipeline.config_truth import FinetuneSettings
 from pipeline.course import (
     EXAMPLES,
     LOG,

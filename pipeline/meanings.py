@@ -9,7 +9,8 @@ import difflib
 from collections.abc import Sequence
 
 from model.labels import LabelSet
-from pipeline.config import ConfigurationError, EvaluateSettings
+from pipeline.config import ConfigurationError
+from pipeline.config_truth import EvaluateSettings
 from pipeline.truth import OTHERS, Rules, truth_rules
 
 MOST = 4_096  # classes: a confusion matrix is as large as their square

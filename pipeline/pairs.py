@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from pipeline import manifests
 from pipeline.ahead import ahead
 from pipeline.attempts import ERRORS, reason
-from pipeline.config import ConfigurationError, IndexSettings, StorageSettings, TruthSettings
+from pipeline.config import ConfigurationError, IndexSettings, StorageSettings
+from pipeline.config_truth import TruthSettings
 from pipeline.containers import ContainerError, Images, image_column, members
 from pipeline.decode import SUFFIXES
 from pipeline.filesystems import public_url

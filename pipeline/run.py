@@ -40,7 +40,8 @@ from pipeline.cluster import (
     spread,
 )
 from pipeline.commit import Contents, Run, unfinished
-from pipeline.config import ConfigurationError, FinetuneSettings, PlanSettings, SegmentSettings
+from pipeline.config import ConfigurationError, PlanSettings, SegmentSettings
+from pipeline.config_truth import FinetuneSettings
 from pipeline.decoders import start_decoders
 from pipeline.endpoint import linger
 from pipeline.filesystems import is_plain, open_filesystem, public_url, storage_options

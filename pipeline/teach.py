@@ -20,7 +20,8 @@ from model.checkpoint import Checkpoint
 from model.predictor import EngineError
 from model.training import with_classes
 from pipeline.cluster import image_memory, ray_address, ray_session
-from pipeline.config import ConfigurationError, FinetuneSettings
+from pipeline.config import ConfigurationError
+from pipeline.config_truth import FinetuneSettings
 from pipeline.course import Course, UnfinishedError, read_result, states
 from pipeline.crops import LostExampleError
 from pipeline.learner import DivergedError, Place, learn

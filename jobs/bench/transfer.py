@@ -27,7 +27,7 @@ from typing import Any
 from jobs.display import Display
 from jobs.scenes.draw import TRAINING_SEEDS, Drawing, draw_folder
 from pipeline.cluster import spread
-from pipeline.config import EvaluateSettings
+from pipeline.config_truth import EvaluateSettings
 from pipeline.evaluate import evaluate
 
 KIND, SHORT, ASPECT = "harbour", 256, 1.5  # of the training scenes: 256 x 384

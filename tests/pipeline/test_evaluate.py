@@ -21,7 +21,8 @@ from pipeline import evaluate as evaluating
 from pipeline import evaluation
 from pipeline.cluster import spread
 from pipeline.compare import IMAGES
-from pipeline.config import ConfigurationError, EvaluateSettings, StorageSettings
+from pipeline.config import ConfigurationError, StorageSettings
+from pipeline.config_truth import EvaluateSettings
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.query import ask, connect
 from pipeline.seal import check_parquet, check_record

@@ -25,7 +25,8 @@ from model.layouts import HUGGING_FACE_4, NVLABS, OPENMMLAB
 from model.predictor import Predictor
 from model.segformer import Segformer, variant
 from model.training import with_classes
-from pipeline.config import ConfigurationError, FinetuneSettings
+from pipeline.config import ConfigurationError
+from pipeline.config_truth import FinetuneSettings
 from pipeline.course import COURSE, Course, newest_state, read_course, read_result, state_name, states
 from pipeline.crops import LostExampleError
 from pipeline.finetune import LEASE, finetune, prepare, starting_point

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config import ConfigurationError, StorageSettings, TruthSettings
+from pipeline.config import ConfigurationError, StorageSettings
+from pipeline.config_truth import TruthSettings
 from pipeline.pairs import (
     MASK_COLUMNS,
     Masks,
