@@ -5,7 +5,7 @@ TRUTH is a place with a mask for each image, called as the image is below its ow
 TRUTH is a table that names image and mask. Masks are PNG, TIFF, BMP, GIF or lossless WebP, and are read as they are
 meant: grey ones of 1 to 32 bits by value, palette images by their indices, RGB ones by colour: those of --truth-map,
 else those of the network's classes. JPEGs are refused, as their ids are not what they were. Ids that no class has are
-an error of that mask, until --truth-map or --ignore-id says what they are.
+an error of that mask, until --ignore-id leaves them out, or --truth-map says what every id is.
 
 Every number is told pooled (over all pixels together) and averaged (the mean of the images' own numbers). A class in
 neither truth nor mask is left out of means; one that only the mask has is wrong there and counts as 0. Boundary IoU

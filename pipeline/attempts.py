@@ -84,6 +84,11 @@ def patiently(work: Callable[[], T], seconds: float) -> T:
     return trying(work)
 
 
+def is_of_one(error: BaseException) -> bool:
+    """Whether a store that gives others will not give this object, today or another day."""
+    return cause(error) is None and not is_of_credentials(error)
+
+
 def agreed(work: Callable[[], T], told: Callable[[T], object] = lambda found: found) -> T:
     """What `work` gives twice in a row, as far as is `told`: for what comes with no checksum of its own."""
     before = work()

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from model.scores import BY_CLASS, OVERALL, ImageScores, Scores
 from pipeline.ahead import ahead
-from pipeline.attempts import reason
+from pipeline.attempts import ERRORS, is_of_one, reason
 from pipeline.config import ClusterSettings
 from pipeline.containers import ContainerError
 from pipeline.masks import decode_mask
@@ -134,6 +134,10 @@ class Comparison:
             error = "the mask of ground truth has changed since it was listed"
         except (ContainerError, NoStoreError) as why:
             error = str(why)
+        except ERRORS as why:
+            if not is_of_one(why):
+                raise
+            error = reason(why)
         return chosen, truth, TruthError("unreadable", error)
 
     def score(self, scores: Scores, chosen: Chosen, data: bytes | TruthError) -> ImageScores:

@@ -589,7 +589,11 @@ def mapping(value: Any) -> Any:
         return value
     if not all("=" in one for one in value):
         raise ValueError("expected KEY=VALUE")
-    return dict(one.split("=", 1) for one in value)
+    found: dict[str, str] = {}
+    for key, meant in (one.split("=", 1) for one in value):
+        if found.setdefault(key, meant) != meant:
+            raise ValueError(f"{key} is given twice, as {found[key]} and as {meant}")
+    return found
 
 
 def absolute(url: str) -> str:

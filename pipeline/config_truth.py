@@ -25,8 +25,8 @@ class TruthSettings(BaseModel):
     truth_map: dict[str, str] = option(
         {},
         "what an id or a colour in the masks means, as ID=CLASS or #RRGGBB=CLASS, CLASS being a name, an id or "
-        "'ignore'; '*=ignore' ignores all others, which else are an error; where there is any ID, only these are "
-        "known; repeatable",
+        "'ignore'; '*=ignore' ignores all others, which else are an error; where any ID is a class, only those that "
+        "are named are known, and likewise colours; repeatable",
         "Ground truth",
         "ID=CLASS",
     )

@@ -138,8 +138,10 @@ def find_pairs(
     except duckdb.Error as error:  # of rows that have no mask, as the others were asked before
         raise ConfigurationError(f"where {settings.where!r}: {one_line(error)}") from None
     inputs = {url for record in selection.records.values() for url in record["input"]}
-    name_images(tables, "SELECT uri FROM evaluated", sorted(inputs), settings)
-    skipped = pair(tables, settings.truth, settings, settings, progress.listing)
+    # all images, also where few are asked for: names do not depend on that, nor does which mask is nobody's
+    name_images(tables, f"SELECT uri FROM {view}", sorted(inputs), settings)  # noqa: S608
+    output = Store(settings.output, settings)
+    skipped = pair(tables, settings.truth, settings, settings, progress.listing, output)
     require_some(tables, settings.output, settings.truth)
     tables.execute(WORK.format(columns=", ".join(f"m.{name}" for name in FILES.names)))
     return skipped

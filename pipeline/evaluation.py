@@ -149,6 +149,8 @@ def described(
             "truth_map": settings.truth_map,
             "ignore_id": list(settings.ignore_id),
             "reduce_labels": settings.reduce_labels,
+            "truth_image_column": settings.truth_image_column,
+            "truth_mask_column": settings.truth_mask_column,
             "class": list(settings.classes),
             "mask_map": settings.mask_map,
         },

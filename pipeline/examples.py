@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from model.labels import Colour
 from pipeline.ahead import ahead
+from pipeline.attempts import ERRORS, is_of_one, reason
 from pipeline.config import StorageSettings
 from pipeline.config_truth import TruthSettings
 from pipeline.containers import COLUMNS, ContainerError, NoImagesError
@@ -163,8 +164,10 @@ def look_at(
         return no("missing", "it was listed and is no longer there")
     except ChangedError:
         return no("changed", "it is another one than was listed")
-    except (ContainerError, NoImagesError) as error:
-        return no("unreadable", str(error))
+    except (ContainerError, NoImagesError, *ERRORS) as error:
+        if not is_of_one(error):
+            raise
+        return no("unreadable", reason(error))
     pixels = np.zeros(rules.classes, np.int64)
     for start in range(0, len(truth), ROWS_AT_ONCE):
         part = truth[start : start + ROWS_AT_ONCE]

@@ -74,6 +74,8 @@ def regular_file(path: str) -> os.stat_result | None:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
             raise
         return None
+    except ValueError:  # no file has a name with a NUL in it
+        return None
     return found if stat.S_ISREG(found.st_mode) else None
 
 

@@ -5,6 +5,7 @@ They are read batch by batch, as one may name more images than a machine has mem
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from posixpath import normpath
 from urllib.parse import unquote_plus
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ COLUMNS = {  # what each may be called, in this order
     "etag": ("etag", "e_tag"),
     "bytes": ("bytes", "size"),
 }
+DOTS = r"/\.\.?(/|$)"
 CREDENTIALS = r"(?i)^(https?|s?ftp)://[^/]*@|^[^/]*://[^/]*:[^/]*@|[?&](x-amz-signature|x-goog-signature|sig|token)="
 
 
@@ -53,9 +55,23 @@ def absolute_uris(url: str, uris: pa.ChunkedArray, folder: str) -> pa.ChunkedArr
         raise ConfigurationError(
             f"{url}: credentials in a URI (a password, a signature) would be in every row; leave them out"
         )
-    relative = pc.binary_join_element_wise(f"{folder.rstrip('/')}/", uris, "")
+    relative = without_dots(pc.binary_join_element_wise(f"{folder.rstrip('/')}/", uris, ""))
     uris = pc.if_else(pc.starts_with(uris, "/"), pc.binary_join_element_wise("file://", uris, ""), uris)
     return pc.if_else(pc.match_substring(uris, "://"), uris, relative)
+
+
+def without_dots(uris: pa.ChunkedArray) -> pa.ChunkedArray:
+    """URIs without `.` and `..`, which a listing has never; `..` leads no further up than to the store."""
+    if not pc.any(pc.match_substring_regex(uris, DOTS)).as_py():
+        return uris
+    parts = (uri and uri.partition("://") for uri in uris.to_pylist())
+    return pa.chunked_array([[found and f"{found[0]}://{resolved(found[2])}" for found in parts]], pa.string())
+
+
+def resolved(path: str) -> str:
+    """A path whose first part, a bucket, or nothing in that of a file, stays."""
+    store, _, rest = path.partition("/")
+    return f"{store}{normpath(f'/{rest}')}"
 
 
 def named_by_inventory(url: str, reader: Reader) -> Iterator[pa.Table]:

@@ -3,7 +3,8 @@
 By name: a mask is called as its image is below the roots of both, with any suffix of its own, without the image's or
 with it: masks/2026/a.png or masks/2026/a.jpg.png for images/2026/a.jpg. Before they are compared, images' names may be
 changed by regular expressions (RE2). What lies in a tar or Parquet file is called FILE#KEY. Upper and lower case are
-not the same. Where two masks have the name of one image, or two images that of one mask, none is chosen.
+not the same, an accented letter is, however it is composed. Where two masks have the name of one image, or two images
+that of one mask, none is chosen.
 
 By a table (CSV, JSON Lines, Parquet): a column names the image, by its URI, its place relative to the table, or its
 name below the root, and another one the mask.
@@ -59,8 +60,8 @@ STEM = f"regexp_replace(name, {sql_text(SUFFIX)}, '')"
 PAIRS = """
     CREATE OR REPLACE TABLE links AS
     SELECT DISTINCT i.uri AS image, m.uri AS mask, {of_mask} AS of_mask FROM
-    (SELECT uri, unnest({image_keys}) AS key FROM images) i JOIN
-    (SELECT uri, unnest({mask_keys}) AS key FROM masks) m USING (key);
+    (SELECT uri, nfc_normalize(unnest({image_keys})) AS key FROM images) i JOIN
+    (SELECT uri, nfc_normalize(unnest({mask_keys})) AS key FROM masks) m USING (key);
 
     CREATE OR REPLACE TABLE pairs AS
     WITH
@@ -87,12 +88,14 @@ def pair(
     settings: TruthSettings,
     storage: StorageSettings,
     listed: Callable[[int], None] = lambda found: None,
+    output: Store | None = None,
 ) -> Counter[str]:
     """Fill the tables `masks` (FILES) from `truth` and `pairs` from it and `images`, which has `uri` and `name`.
 
     `pairs` has a row for each image, and for each mask that belongs to none: image, mask, status (`paired`, `no_truth`,
     `no_image`, `ambiguous`) and error. What is no mask by its name is counted, by why; `listed` hears of masks that are
-    found. Raises `ConfigurationError`.
+    found. Where `truth` has images and masks, an image is nobody's mask, nor is what an `output` has of its own. Raises
+    `ConfigurationError`.
     """
     reader = Reader(storage)
     keys = renamed(tables, settings.rename)
@@ -107,7 +110,11 @@ def pair(
         match_by_table(tables)
         return Counter()
     columns = [settings.truth_mask_column] if settings.truth_mask_column else MASK_COLUMNS
-    skipped = list_files(tables, "masks", truth, storage, columns, listed)
+    skipped = list_files(tables, "masks", truth, storage, columns, listed, output)
+    # but in a row of a Parquet file, where an image and its mask are one URI
+    tables.execute('DELETE FROM masks WHERE "column" IS NULL AND uri IN (SELECT uri FROM images)')
+    if not tables.table("masks").limit(1).fetchall():
+        raise ConfigurationError(f"{public_url(truth)}: has the images themselves, and no masks")
     match_by_name(tables, keys)
     return skipped
 
@@ -217,6 +224,7 @@ def list_files(
     storage: StorageSettings,
     columns: Sequence[str],
     listed: Callable[[int], None] = lambda found: None,
+    output: Store | None = None,
 ) -> Counter[str]:
     """Fill a table (FILES) with all images, by name, that are at `url`: a folder, bucket or prefix, a glob, a tar or
     Parquet file, in which they are in the first of `columns` that is there. What is none is counted, by why.
@@ -227,7 +235,7 @@ def list_files(
     given = {name: getattr(storage, name) for name in StorageSettings.model_fields}
     listing = IndexSettings(input=(url,), output=url, **given)
     create(tables, table)
-    for page in walk(url, listing, None, skipped):
+    for page in walk(url, listing, output, skipped):
         rows = [row | {"name": below(row["uri"], row["root"])} for row in page.to_pylist()]
         plain = [row for row in rows if row["kind"] == "image"]
         add(tables, table, {name: [row[name] for row in plain] for name in ("uri", "name", "etag", "bytes")})
@@ -296,7 +304,11 @@ def name_images(
     tables.execute(f"CREATE OR REPLACE TEMP TABLE named AS {source}")
     named = tables.table("named")
     roots = {Store(root_of(url), storage).uri("").rstrip("/") for url in inputs}
-    used = [root for root in sorted(roots) if named.aggregate(f"bool_or({is_below(root)})").fetchall()[0][0]]
+    used = [
+        root
+        for root in sorted(roots, key=lambda root: f"{root}/")
+        if named.aggregate(f"bool_or({is_below(root)})").fetchall()[0][0]
+    ]
     if named.filter(f"NOT ({' OR '.join(map(is_below, used)) or 'false'})").limit(1).fetchall():
         first, last = named.aggregate("min(uri), max(uri)").fetchall()[0]
     else:

@@ -146,7 +146,13 @@ def other_piece(filesystem: AbstractFileSystem, path: str, start: int, end: int 
     """By fsspec, which does not say of which version the bytes are; that is asked only where nothing is known."""
     if etag:
         return Piece(filesystem.cat_file(path, start=start or None, end=end), etag, -1)
-    found = filesystem.info(path)
+    try:
+        found = filesystem.info(path)
+    except FileNotFoundError as error:  # which HTTP's file system says whatever the server has said
+        said = error.__cause__
+        if isinstance(said, ERRORS) and getattr(said, "status", None) not in (404, 410):
+            raise said from None
+        raise
     return Piece(filesystem.cat_file(path, start=start or None, end=end), etag_of(found), int(found.get("size") or 0))
 
 

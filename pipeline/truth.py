@@ -38,7 +38,7 @@ GREY_UNIT = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies samples of 2 an
 UNKNOWN = -2  # in tables: no class
 NAMED = 3  # unknown ids or colours that an error names
 OTHERS = "*"
-ID = re.compile(r"-?\d{1,18}")
+ID = re.compile(r"-?[0-9]{1,18}")
 COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
 
 
@@ -73,7 +73,8 @@ def truth_rules(
 
     `ignore_ids` are ids as they are in files (None: 255, if no class has it). With `reduce_labels` 0 is ignored, and
     the others stand for the class one below. `truth_map` says of ids, of #RRGGBB colours and of all others (*) which
-    class they are, by name or id, or `ignore`; where it has ids, only those are known. Raises `ConfigurationError`.
+    class they are, by name or id, or `ignore`. Where it says which id is a class, only its ids are known, and likewise
+    its colours; where it only ignores some, the others stay what they are. Raises `ConfigurationError`.
     """
     given = truth_map or {}
     of_ids: dict[int, int] = {}
@@ -81,37 +82,43 @@ def truth_rules(
     for key, text in given.items():
         meant = class_of(key, text, names)
         if COLOUR.fullmatch(key):
-            of_colours[int(key[1:], 16)] = meant
+            say(of_colours, int(key[1:], 16), meant, key)
         elif ID.fullmatch(key):
-            of_ids[int(key)] = meant
+            say(of_ids, int(key), meant, key)
         elif key != OTHERS:
             raise ConfigurationError(
                 f"truth_map: {key!r} is no id, no colour (#RRGGBB), and not {OTHERS} for all others"
             )
         elif meant != IGNORED:
             raise ConfigurationError(f"truth_map: {OTHERS} is all other ids and colours, which can only be ignored")
-    if of_ids and reduce_labels:
+    maps_ids, maps_colours = (any(one != IGNORED for one in some.values()) for some in (of_ids, of_colours))
+    if maps_ids and reduce_labels:
         raise ConfigurationError("reduce_labels: a truth_map of ids says what each of them is; leave one of them out")
-    ids = of_ids or {one + reduce_labels: one for one in range(len(names))}
-    ids |= {0: IGNORED} if reduce_labels else {}
+    for one in ignore_ids or ():
+        say(of_ids, one, IGNORED, f"ignore_id {one}")
+    ids = {} if maps_ids else {one + reduce_labels: one for one in range(len(names))}
+    ids |= ({0: IGNORED} if reduce_labels else {}) | of_ids
     if ignore_ids is None:
         ids.setdefault(255, IGNORED)
-    else:
-        ids |= {one: IGNORED for one in ignore_ids if one not in of_ids}
-    is_by_colour = bool(of_colours) and not of_ids
     twice = set()
-    if not of_colours:
+    if not maps_colours:
         codes = [red << 16 | green << 8 | blue for red, green, blue in palette]
-        twice = {code for code in codes if codes.count(code) > 1}
-        of_colours = {code: one for one, code in enumerate(codes) if code not in twice}
+        twice = {code for code in codes if codes.count(code) > 1} - set(of_colours)
+        of_colours = {code: one for one, code in enumerate(codes) if code not in twice} | of_colours
     return Rules(
         classes=len(names),
         ids=tuple(sorted(ids.items())),
         colours=tuple(sorted(of_colours.items())),
         twice=tuple(sorted(twice)),
         ignores_others=OTHERS in given,
-        is_by_colour=is_by_colour,
+        is_by_colour=maps_colours and not maps_ids,
     )
+
+
+def say(meanings: dict[int, int], code: int, meant: int, key: str) -> None:
+    """Add what an id or a colour means. Raises `ConfigurationError` where it is said to mean something else."""
+    if meanings.setdefault(code, meant) != meant:
+        raise ConfigurationError(f"{key}: is said to mean different things; say one of them")
 
 
 def class_of(key: str, text: str, names: Sequence[str]) -> int:
@@ -268,7 +275,7 @@ def codes(colours: np.ndarray) -> np.ndarray:
 def classes_of(ids: np.ndarray, rules: Rules) -> np.ndarray:
     """int32 (H, W): the class of each id, IGNORED or UNKNOWN."""
     table = id_table(rules)
-    if ids.dtype.itemsize == 1 or ids.dtype == np.uint16:
+    if ids.dtype in (bool, np.uint8, np.uint16):
         return table[ids.astype(np.uint8) if ids.dtype == bool else ids]
     is_low = (ids >= 0) & (ids < len(table))
     found = table[np.where(is_low, ids, 0).astype(np.int64)]
@@ -308,5 +315,5 @@ def unknown_error(values: np.ndarray, shown: str, rules: Rules) -> TruthError:
     first = found[order[0]]
     is_twice = shown != "{}" and first in rules.twice
     what = ("colours" if shown != "{}" else "ids") + (" of several classes" if is_twice else " of no class")
-    remedy = f"--truth-map '{shown.format(first)}=CLASS' says what one is, or CLASS `ignore`"
+    remedy = f"--truth-map='{shown.format(first)}=ignore' leaves one out; a map with classes has to name them all"
     return TruthError("unknown", f"{what}: {', '.join(named)}{others}; {remedy}")

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pipeline.compare import IMAGES
 from pipeline.config import ConfigurationError, StorageSettings
 from pipeline.config_truth import EvaluateSettings
 from pipeline.evaluate import Evaluation, evaluate
+from pipeline.pairs import Masks
 from pipeline.query import ask, connect
 from pipeline.seal import check_parquet, check_record
 from pipeline.storage import Store
@@ -196,7 +197,7 @@ def test_a_name_that_something_else_has_is_not_taken(made):
         run(folder / "out", folder / "truth", name="mine", where="width > 50")
     found = run(folder / "out", folder / "truth", name="mine", where="width > 50", overwrite=True)
     assert found.record["images"]["compared"] == 11
-    assert found.left_out.counts["no_image"] == 11
+    assert found.left_out.counts["no_image"] == 0, "these masks are those of other images"
 
 
 @pytest.fixture
@@ -240,6 +241,39 @@ def test_what_cannot_be_compared_is_counted_named_and_has_a_row(small):
         )
     )
     assert statuses == {"ok": 22 - 6, **found.left_out.counts}
+
+
+def test_fewer_images_change_neither_names_nor_what_is_nobodys_mask(small):
+    output, truth = small
+    uris = [uri for (uri,) in ask_of(output, "SELECT uri FROM current WHERE status = 'ok'")]
+    found = run(output, truth, where=f"uri = '{uris[0].replace(chr(39), 2 * chr(39))}'")
+    assert found.record["images"]["compared"] == 1
+    assert found.left_out.counts == {}
+
+
+def test_a_mask_that_may_not_be_read_is_its_images_row(small, monkeypatch):
+    output, truth = small
+    locked = min(truth.glob("part 0/*.png"))
+    fetch = Masks.fetch
+
+    def refuse(masks: Masks, row: Mapping[str, Any]) -> bytes:
+        if row["uri"] == f"file://{locked}":
+            raise PermissionError(13, "Permission denied", str(locked))
+        return fetch(masks, row)
+
+    monkeypatch.setattr(Masks, "fetch", refuse)
+    found = run(output, truth)
+    assert found.left_out.counts["unreadable"] == 1
+    assert found.record["first_left_out"]["unreadable"][0].startswith(f"file://{locked}: ")
+
+
+def test_what_an_output_has_of_its_own_is_no_ground_truth(small, tmp_path):
+    output, truth = small
+    shutil.copytree(output, tmp_path / "all/out")
+    shutil.copytree(truth, tmp_path / "all/truth")
+    run(tmp_path / "all/out", truth)
+    found = run(tmp_path / "all/out", tmp_path / "all", rename=["^=truth/"])
+    assert "no_image" not in found.left_out.counts
 
 
 def test_where_nothing_can_be_compared_it_says_why_and_puts_nothing(small, tmp_path):

@@ -101,6 +101,28 @@ def test_a_mask_has_the_name_of_its_image_with_any_suffix_or_two(space, tmp_path
     assert others(space) == [("D.jpg", "no_truth"), ("d.png", "no_image"), ("y.png", "no_image")]
 
 
+def test_images_among_the_masks_are_nobodys_mask(space, tmp_path):
+    both = write(tmp_path, ["0.jpg", "0.png", "1.jpg", "1.png"])
+    images_of(space, [f"file://{both}/{name}" for name in ("0.jpg", "1.jpg")], both)
+    assert paired(space, both) == {"0.jpg": "0.png", "1.jpg": "1.png"}
+    assert others(space) == []
+    images_of(space, [f"file://{path}" for path in both.iterdir()], both)
+    with pytest.raises(ConfigurationError, match="has the images themselves, and no masks"):
+        paired(space, both)
+
+
+def test_an_accent_is_the_same_however_it_is_composed(space, tmp_path):
+    images_of(space, ["file:///in/caf\u00e9.jpg"], "/in")
+    assert paired(space, write(tmp_path, ["cafe\u0301.png"])) == {"caf\u00e9.jpg": "cafe\u0301.png"}
+
+
+def test_the_root_of_inputs_is_theirs_also_where_one_name_begins_another(space):
+    images_of(
+        space, [f"file:///in/{name}" for name in ("a/1.png", "a/c/1.png", "a-b/1.png")], "/in/a/c", "/in/a-b", "/in/a"
+    )
+    assert sorted(names_of(space)) == ["a-b/1.png", "a/1.png", "a/c/1.png"]
+
+
 def test_what_has_two_masks_or_shares_one_is_told_and_not_chosen(space, tmp_path):
     images_of(space, [f"file:///in/{name}" for name in ("a.jpg", "b.jpg", "b.webp", "c.jpg")], "/in")
     assert paired(space, write(tmp_path, ["a.png", "a.tif", "b.png", "c.png"])) == {"c.jpg": "c.png"}
@@ -177,7 +199,7 @@ def test_tables_name_the_mask_of_each_image(space, tmp_path):
         {"image": uris[0], "mask": "m/1.png"},
         {"image": "b.jpg", "mask": str(masks / "2.png")},
         {"image": "b.jpg", "mask": f"file://{masks}/3.png"},
-        {"image": uris[2], "mask": "m/1.png"},
+        {"image": uris[2], "mask": "./other/../m/1.png"},
         {"image": uris[3], "mask": None},
         {"image": "s3://b/in/other.jpg", "mask": "m/4.png"},
     ]

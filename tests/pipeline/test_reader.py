@@ -1,7 +1,10 @@
 """Objects are read as they are, whichever client gets them, and only in the version that was asked for."""
 
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import aiohttp
 import pytest
 
 from pipeline.attempts import ERRORS
@@ -104,3 +107,35 @@ def test_options_that_only_s3fs_knows_leave_all_to_it(bucket):
 def test_a_kind_of_store_that_nobody_knows_is_an_error_of_the_store():
     with pytest.raises(ERRORS, match="nix"):
         Reader(SETTINGS).fetch("nix://x/y.jpg", "", 0)
+
+
+def test_a_web_server_that_fails_is_not_one_that_has_nothing():
+    asked: list[int] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(code := int(self.path.strip("/")))
+            self.send_response(code)
+            self.end_headers()
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place, hasty = f"http://127.0.0.1:{server.server_port}", Reader(StorageSettings(retry_seconds=2))
+        for code, raised in ((404, FileNotFoundError), (403, aiohttp.ClientError), (503, aiohttp.ClientError)):
+            with pytest.raises(raised):
+                hasty.fetch(f"{place}/{code}", "", 0)
+        server.shutdown()
+    assert asked.count(503) > 2 > asked.count(403) / 2, "only what may pass is tried again"
+    with pytest.raises(aiohttp.ClientError):
+        hasty.fetch(f"{place}/503", "", 0)
+
+
+def test_no_file_has_a_name_with_a_nul():
+    with pytest.raises(FileNotFoundError):
+        Reader(SETTINGS).fetch("file:///tmp/a\0.png", "", 0)

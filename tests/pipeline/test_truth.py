@@ -12,7 +12,8 @@ from PIL import Image, PngImagePlugin
 
 from model.labels import label_set
 from model.scores import IGNORED
-from pipeline.config import ConfigurationError
+from pipeline.config import ConfigurationError, build
+from pipeline.config_truth import TruthSettings
 from pipeline.truth import Rules, TruthError, read_truth, truth_rules
 
 NAMES = ["sky", "land", "water", "it's <b>odd</b>", "life"]
@@ -118,9 +119,45 @@ def test_a_map_says_what_ids_mean_and_only_those_are_known():
     named = {"7": "water", "8": "0", "1000": "ignore"}
     assert read_truth(grey, truth_rules(NAMES, truth_map=named | {"1": "it's <b>odd</b>"})).tolist() == [[2, 0, -1, 3]]
     assert read_truth(grey, truth_rules(NAMES, truth_map=named | {"*": "ignore"})).tolist() == [[2, 0, -1, -1]]
-    with pytest.raises(TruthError, match=r"ids of no class: 1 \(1 pixel\); --truth-map '1=CLASS'") as raised:
+    with pytest.raises(TruthError, match=r"ids of no class: 1 \(1 pixel\); --truth-map='1=ignore'") as raised:
         read_truth(grey, truth_rules(NAMES, truth_map=named))
     assert raised.value.status == "unknown"
+
+
+def test_a_map_that_only_ignores_leaves_all_else_as_it_was():
+    grey = encoded(Image.fromarray(np.array([[0, 4, 9]], np.uint8)))
+    assert read_truth(grey, truth_rules(NAMES, truth_map={"9": "ignore"})).tolist() == [[0, 4, IGNORED]]
+    reduced = truth_rules(NAMES, reduce_labels=True, truth_map={"9": "ignore"})
+    assert read_truth(grey, reduced).tolist() == [[IGNORED, 3, IGNORED]]
+    ids, colours = np.array([[0, 1, 2]], np.uint8), np.array([*COLOURS[:2], [224, 224, 192]], np.uint8)
+    rules = truth_rules(NAMES, LABELS.palette, truth_map={"#e0e0c0": "ignore"})
+    assert read_truth(encoded(Image.fromarray(colours[ids])), rules).tolist() == [[0, 1, IGNORED]]
+    assert read_truth(encoded(palette_image(ids, colours[::-1])), rules).tolist() == [[0, 1, 2]]
+
+
+def test_the_remedy_that_an_error_names_is_one():
+    for odd, rules in ((encoded(Image.fromarray(np.array([[0, 4, 9]], np.uint8))), PLAIN),):
+        with pytest.raises(TruthError) as raised:
+            read_truth(odd, rules)
+        key, _, meant = str(raised.value).partition("--truth-map='")[2].partition("'")[0].rpartition("=")
+        assert read_truth(odd, truth_rules(NAMES, LABELS.palette, truth_map={key: meant})).tolist() == [[0, 4, IGNORED]]
+
+
+def test_what_is_said_to_mean_two_things_is_refused():
+    for twice in ({"7": "sky", "07": "land"}, {"#FFFFFF": "sky", "#ffffff": "land"}):
+        with pytest.raises(ConfigurationError, match="different things"):
+            truth_rules(NAMES, truth_map=twice)
+    with pytest.raises(ConfigurationError, match="ignore_id 3: is said to mean different things"):
+        truth_rules(NAMES, ignore_ids=[3], truth_map={"3": "sky"})
+    with pytest.raises(ConfigurationError, match="7 is given twice"):
+        build(TruthSettings, {"truth_map": ["7=sky", "7=land"]})
+
+
+def test_negative_ids_of_8_bits_are_themselves():
+    small = tiff_file(np.array([[-1, 2]], np.int8))
+    assert read_truth(small, truth_rules(NAMES, ignore_ids=[-1])).tolist() == [[IGNORED, 2]]
+    with pytest.raises(TruthError, match="ids of no class: -1"):
+        read_truth(small, truth_rules(NAMES, ignore_ids=[65535]))
 
 
 def test_ids_beyond_16_bits_are_known_by_a_map():
@@ -145,7 +182,7 @@ def test_unknown_colours_are_named_and_never_guessed():
     picture = np.array([[[10, 20, 30]] * 3 + [[9, 9, 9]]], np.uint8)
     with pytest.raises(TruthError) as raised:
         read_truth(encoded(Image.fromarray(picture)), PLAIN)
-    assert str(raised.value).startswith("colours of no class: #0a141e (3 pixels), #090909 (1 pixel); --truth-map '#0a1")
+    assert str(raised.value).startswith("colours of no class: #0a141e (3 pixels), #090909 (1 pixel); --truth-map='#0a1")
     same = truth_rules(["a", "b"], [(9, 9, 9), (9, 9, 9)])
     with pytest.raises(TruthError, match="colours of several classes: #090909"):
         read_truth(encoded(Image.fromarray(picture[:, 3:])), same)
