@@ -164,7 +164,7 @@ class FinetuneSettings(TruthSettings, ClusterSettings):
     )
     steps: int | None = option(
         None,
-        "how many steps to learn for (default: so many that each image is seen 20 times, from 300 on)",
+        "how many steps to learn for (default: so many that each image is seen 30 times, from 300 on)",
         "Training",
         "N",
     )
@@ -192,7 +192,12 @@ class FinetuneSettings(TruthSettings, ClusterSettings):
         "Training",
         "N",
     )
-    scales: str = option("0.5:2", "how much smaller or larger than in --policy images are seen", "Training", "MIN:MAX")
+    scales: str = option(
+        "0.5:1.25",
+        "how much smaller or larger than in --policy images are seen (the paper: 0.5:2, with crops as large as images)",
+        "Training",
+        "MIN:MAX",
+    )
     colour: float = option(
         1.0, "how much brightness, contrast, saturation and hue are changed, from 0 to 1", "Training", "N"
     )

@@ -49,7 +49,7 @@ from pipeline.truth import Rules, truth_rules
 FRESH = "new:"  # a checkpoint of random weights
 LEASE = "training/lease"
 FASTEST, SLOWEST, STEPS_BY = 1e-3, 6e-5, 2.0  # learning rates: a short training is to get somewhere, too
-EPOCHS, LEAST_STEPS = 20, 300  # by default
+EPOCHS, LEAST_STEPS = 30, 300  # by default
 LONGEST_WARM_UP, WARM_UP = 1500, 20  # steps as in the paper, and the share of all steps where those are few
 MOST_BETWEEN, VALIDATIONS = 2000, 10  # steps from one validation to the next, and how many there are
 IGNORED_ID = 255  # where nobody says which classes there are
