@@ -139,7 +139,8 @@ def find_pairs(
         raise ConfigurationError(f"where {settings.where!r}: {one_line(error)}") from None
     inputs = {url for record in selection.records.values() for url in record["input"]}
     # all images, also where few are asked for: names do not depend on that, nor does which mask is nobody's
-    name_images(tables, f"SELECT uri FROM {view}", sorted(inputs), settings)  # noqa: S608
+    asked = f"SELECT uri, uri IN (SELECT uri FROM evaluated) AS asked FROM {view}"  # noqa: S608
+    name_images(tables, asked, sorted(inputs), settings)
     output = Store(settings.output, settings)
     skipped = pair(tables, settings.truth, settings, settings, progress.listing, output)
     require_some(tables, settings.output, settings.truth)

@@ -91,7 +91,7 @@ def list_pairs(
 ) -> Listed:
     """Fill the table `examples` with the pairs of an image and its mask. Raises `ConfigurationError`."""
     list_files(tables, "pictures", images, storage, COLUMNS)
-    tables.execute("CREATE OR REPLACE TABLE images AS SELECT uri, name FROM pictures")
+    tables.execute("CREATE OR REPLACE TABLE images AS SELECT uri, name, true AS asked FROM pictures")
     pair(tables, masks, truth, storage)
     require_some(tables, images, masks)
     places = ", ".join(

@@ -59,14 +59,16 @@ SUFFIX = "(?i)\\.({})$".format("|".join(suffix.removeprefix(".") for suffix in S
 STEM = f"regexp_replace(name, {sql_text(SUFFIX)}, '')"
 PAIRS = """
     CREATE OR REPLACE TABLE links AS
-    SELECT DISTINCT i.uri AS image, m.uri AS mask, {of_mask} AS of_mask FROM
-    (SELECT uri, nfc_normalize(unnest({image_keys})) AS key FROM images) i JOIN
+    SELECT DISTINCT i.uri AS image, m.uri AS mask, asked, {of_mask} AS of_mask FROM
+    (SELECT uri, asked, nfc_normalize(unnest({image_keys})) AS key FROM images) i JOIN
     (SELECT uri, nfc_normalize(unnest({mask_keys})) AS key FROM masks) m USING (key);
 
     CREATE OR REPLACE TABLE pairs AS
     WITH
     of_image AS (SELECT image, count(*) AS masks, min(mask) AS mask, max(mask) AS other FROM links GROUP BY ALL),
-    of_mask AS (SELECT of_mask, count(*) AS images, min(image) AS image, max(image) AS other FROM links GROUP BY ALL)
+    of_mask AS (
+        SELECT of_mask, count(*) AS images, min(image) AS image, max(image) AS other FROM links WHERE asked GROUP BY ALL
+    )
     SELECT i.uri AS image, CASE WHEN m.masks = 1 THEN m.mask END AS mask,
         CASE WHEN m.masks IS NULL THEN 'no_truth' WHEN m.masks > 1 OR t.images > 1 THEN 'ambiguous' ELSE 'paired' END
         AS status,
@@ -76,6 +78,7 @@ PAIRS = """
     FROM images i LEFT JOIN of_image m ON m.image = i.uri
     LEFT JOIN links l ON l.image = i.uri AND m.masks = 1
     LEFT JOIN of_mask t ON t.of_mask = l.of_mask
+    WHERE i.asked
     UNION ALL
     SELECT NULL, uri, 'no_image', NULL FROM (SELECT DISTINCT uri FROM masks)
     ANTI JOIN links ON links.mask = uri;
@@ -90,12 +93,13 @@ def pair(
     listed: Callable[[int], None] = lambda found: None,
     output: Store | None = None,
 ) -> Counter[str]:
-    """Fill the tables `masks` (FILES) from `truth` and `pairs` from it and `images`, which has `uri` and `name`.
+    """Fill the tables `masks` (FILES) from `truth` and `pairs` from it and `images` (uri, name, and whether it is asked
+    for: what belongs to others is nobody's loss).
 
-    `pairs` has a row for each image, and for each mask that belongs to none: image, mask, status (`paired`, `no_truth`,
-    `no_image`, `ambiguous`) and error. What is no mask by its name is counted, by why; `listed` hears of masks that are
-    found. Where `truth` has images and masks, an image is nobody's mask, nor is what an `output` has of its own. Raises
-    `ConfigurationError`.
+    `pairs` has a row for each image that is asked for, and for each mask that belongs to none at all: image, mask,
+    status (`paired`, `no_truth`, `no_image`, `ambiguous`) and error. What is no mask by its name is counted, by why;
+    `listed` hears of masks that are found. Where `truth` has images and masks, an image is nobody's mask, nor is what
+    an `output` has of its own. Raises `ConfigurationError`.
     """
     reader = Reader(storage)
     keys = renamed(tables, settings.rename)
@@ -296,7 +300,8 @@ def add(tables: duckdb.DuckDBPyConnection, table: str, values: dict[str, Any]) -
 def name_images(
     tables: duckdb.DuckDBPyConnection, source: str, inputs: Iterable[str], storage: StorageSettings
 ) -> None:
-    """Fill the table `images` (uri, name) from the URIs that the query `source` gives, to which `inputs` have led.
+    """Fill the table `images` (uri, name, asked) from `source`, a query for the URIs to which `inputs` have led and
+    whether each is asked for.
 
     Their root is the input that they lie in, or what is common to several; where a list has named them, what is common
     to them all.
@@ -316,7 +321,7 @@ def name_images(
     root = first if first == last else common_root(f"{first}/", f"{last}/").rstrip("/")
     name = f"if({is_below(root)}, substr(uri, {len(root) + 2}), regexp_extract(uri, '[^/]*$'))"
     tables.execute("DROP TABLE IF EXISTS images")
-    named.project(f"uri, {name} AS name").create("images")
+    named.project(f"uri, {name} AS name, asked").create("images")
 
 
 def is_below(root: str) -> str:

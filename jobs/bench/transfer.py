@@ -33,7 +33,7 @@ from pipeline.evaluate import evaluate
 KIND, SHORT, ASPECT = "harbour", 256, 1.5  # of the training scenes: 256 x 384
 LARGER = (128, 192, 256, 384, 512, 768, 1024)  # short sides of what is segmented: multiples of 32, so nothing is scaled
 WIDER = (1.5, 3.0, 6.0)  # width to height, at the training scenes' short side
-TRAINING_SCENES, CROP, BATCH = 600, 256, 8
+TRAINING_SCENES, CROP, BATCH = 600, 256, 4
 NETWORKS = {"one size": "1:1", "random scales": "0.5:2"}  # and their scales in training
 WAYS = {  # of seeing an image, and the options for that
     "whole": ["--policy", "native"],
@@ -51,7 +51,7 @@ def main() -> None:
         prog="python -m jobs.bench.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="what is kept (default: a temporary folder)")
-    parser.add_argument("--steps", type=int, default=1500, metavar="N", help="of each training (default: 1500)")
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="of each training (default: 1000)")
     parser.add_argument("--scenes", type=int, default=24, metavar="N", help="to segment, of each shape (default: 24)")
     parser.add_argument("--plot", metavar="FILE", help="where the plot goes: .svg, .png or .pdf")
     options = parser.parse_args()
@@ -101,8 +101,7 @@ def train(scenes: Path, out: Path, steps: int, scales: str) -> None:
         "batch": BATCH,
         "steps": steps,
         "scales": scales,
-        "workers": 2,  # of half of the CPUs each
-        "learning-rate": 1e-3,
+        "learning-rate": 2e-3,
         "decoder-factor": 1,
         "ema": 0.99,
         "colour": 0,

@@ -92,7 +92,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, shared_ray: str) -> tuple[Pat
     """The demo's scenes, two of them in a tar and a Parquet file, segmented by its network: the folder, the page."""
     folder = tmp_path_factory.mktemp("real")
     images = folder / "images"
-    demo.draw_collection(images, 6)
+    demo.draw_collection(images, folder / "truth", 6)
     with tarfile.open(images / "some.tar", "w") as tar:
         tar.add(images / "scene-0001.png", "in/a tar.png")
     pq.write_table(pa.table({"image": [(images / "scene-0002.webp").read_bytes()]}), images / "some.parquet")

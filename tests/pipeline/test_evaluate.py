@@ -251,6 +251,18 @@ def test_fewer_images_change_neither_names_nor_what_is_nobodys_mask(small):
     assert found.left_out.counts == {}
 
 
+def test_a_choice_may_leave_one_of_several_images_that_share_a_mask(small):
+    output, truth = small
+    flat = truth / "flat"
+    flat.mkdir()
+    (uri,) = ask_of(output, "SELECT min(uri) FROM current WHERE status = 'ok'")[0]
+    name = Path(uri).stem
+    (mask,) = truth.glob(f"part 0/{name}.png")
+    shutil.copy(mask, flat)
+    where = f"uri = '{uri.replace(chr(39), 2 * chr(39))}'"
+    assert run(output, flat, where=where, rename=["^.*/="]).record["images"]["compared"] == 1
+
+
 def test_a_mask_that_may_not_be_read_is_its_images_row(small, monkeypatch):
     output, truth = small
     locked = min(truth.glob("part 0/*.png"))

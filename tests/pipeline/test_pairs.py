@@ -67,7 +67,7 @@ def write_tar(path: Path, names: Iterable[str]) -> Path:
 
 def images_of(space: Workspace, uris: Iterable[str], *inputs: Path | str) -> None:
     space.tables.register("uris", pa.table({"uri": pa.array(list(uris), pa.string())}))
-    name_images(space.tables, "SELECT uri FROM uris", list(map(str, inputs)), STORAGE)
+    name_images(space.tables, "SELECT uri, true AS asked FROM uris", list(map(str, inputs)), STORAGE)
 
 
 def names_of(space: Workspace) -> list[str]:
@@ -239,6 +239,7 @@ def test_where_nothing_fits_both_sides_are_shown(space, tmp_path):
 def test_files_of_a_folder_are_images_too(space, tmp_path):
     folder = write(tmp_path / "in", ["a/x.jpg", "b.png"])
     list_files(space.tables, "images", str(folder), STORAGE, MASK_COLUMNS)
+    space.tables.execute("ALTER TABLE images ADD COLUMN asked BOOLEAN DEFAULT true")
     assert paired(space, write(tmp_path / "masks", ["a/x.png", "b.png"])) == {"a/x.jpg": "x.png", "b.png": "b.png"}
 
 
