@@ -145,13 +145,8 @@ def clear(out: Store) -> None:
     """Remove a training, or what is left of one; `course.json` first, so that the rest is none, and the weights before
     what describes them. What else there is in its folders is somebody's own.
     """
-    there = set(out.names(FOLDER))
-    for name in (COURSE, RESULT, LOG, EXAMPLES, VALIDATION, LEFT_OUT, *map(state_name, states(out))):
-        if name.removeprefix(f"{FOLDER}/") in there:
-            out.delete(name)
-    for name in MODEL:
-        if name in out.names(""):
-            out.delete(name)
+    for name in (COURSE, RESULT, LOG, EXAMPLES, VALIDATION, LEFT_OUT, *map(state_name, states(out)), *MODEL):
+        out.delete(name)
 
 
 def read_result(out: Store) -> dict[str, Any] | None:

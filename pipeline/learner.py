@@ -111,6 +111,7 @@ class Learner:
             self.without_better, self.seconds = state["without_better"], state["seconds"]
         self.began = time.monotonic()
         self.saved, self.saving = time.monotonic(), 0.0
+        self.saved_step = -1  # of which this worker has put the state
 
     def run(self) -> bool:
         """Until the last step, until nothing gets better, or until asked to stop."""
@@ -131,7 +132,8 @@ class Learner:
                 break
         is_over = is_over or self.training.step == last
         if place.worker == 0:
-            self.save()
+            if self.saved_step != self.training.step:
+                self.save()
             if is_over:
                 self.finish()
         return is_over
@@ -253,7 +255,7 @@ class Learner:
         }
         put_state(self.out, self.training.step, state)
         self.out.put(LOG, log_csv(self.log))
-        self.saved = time.monotonic()
+        self.saved, self.saved_step = time.monotonic(), self.training.step
         self.saving = self.saved - began
 
     def finish(self) -> None:
